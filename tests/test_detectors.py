@@ -1,0 +1,182 @@
+"""Detectors are torchvision's own classes on any timm backbone, and their files travel."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torch.testing import assert_close
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet, fcos_resnet50_fpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+
+from kd.checkpoint import load_model, load_torchvision, save, save_model
+from kd.detectors import DETECTORS, build_detector
+
+BACKBONES = (
+    "mobilenetv3_small_100",
+    "efficientnet_lite0",
+    "convnext_atto",
+    "swin_tiny_patch4_window7_224",
+    "test_resnet",
+)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbones_run_forward_and_backward(backbone):
+    """Swin accepts its own image size only, so all get 224 x 224."""
+    model = build_detector("fcos", backbone, 3, image_size=(224, 224))
+    target = {"boxes": torch.tensor([[20.0, 30.0, 120.0, 90.0]]), "labels": torch.tensor([1])}
+    losses = model([torch.rand(3, 224, 224)], [target])
+    sum(losses.values()).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    assert model.transform.image_mean == list(timm.get_pretrained_cfg(backbone).mean)
+    model.eval()
+    features = model.backbone(torch.zeros(1, 3, 224, 224))
+    assert [tuple(f.shape) for f in features.values()] == [(1, 256, s, s) for s in (28, 14, 7, 4, 2)]
+
+
+def test_refusals_name_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="stride"):
+        build_detector("fcos", "vit_tiny_patch16_224", 3)
+    with pytest.raises(ValueError, match="did you mean.*resnet50"):
+        build_detector("fcos", "resnett50", 3)
+    with pytest.raises(ValueError, match="retinanet"):
+        build_detector("retinnet", "r18", 3)
+    with pytest.raises(ValueError, match="image size"):
+        build_detector("fcos", "r18", 3, image_size=(800, 400))
+    with pytest.raises(ValueError, match="num_classes"):
+        build_detector("fcos", "r18", 1)
+    with pytest.raises(ValueError, match="no file"):
+        build_detector("fcos", "r18", 3, pretrained_weights=str(tmp_path / "absent.pth"))
+
+
+def test_pretrained_weights_from_a_file(tmp_path):
+    """All of the body is loaded, norm and stem are frozen, and a file of another model is refused."""
+    source = timm.create_model("test_resnet")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    model = build_detector("faster_rcnn", "test_resnet", 3, pretrained_weights=str(tmp_path / "weights.pth"))
+    for name, value in model.backbone.body.state_dict().items():
+        assert_close(value, source.state_dict()[name])
+    model.train()
+    before = {name: value.clone() for name, value in model.backbone.body.named_buffers()}
+    model.backbone(torch.randn(2, 3, 64, 64))
+    assert before and all(torch.equal(before[n], b) for n, b in model.backbone.body.named_buffers())
+    frozen = {name.split(".")[0] for name, p in model.backbone.body.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not a checkpoint of timm's test_resnet"):
+        build_detector("fcos", "test_resnet", 3, pretrained_weights=str(tmp_path / "other.pth"))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match="could not be loaded from .*text.pth"):
+        build_detector("fcos", "test_resnet", 3, pretrained_weights=str(tmp_path / "text.pth"))
+
+
+def test_pretrained_without_the_hub_is_a_clear_error(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no connection to the hub")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
+    with pytest.raises(ValueError, match="--pretrained-weights FILE"):
+        build_detector("fcos", "test_resnet", 3, pretrained=True)
+
+
+class PlainBackbone(nn.Module):
+    """What a user of torchvision would write by hand."""
+
+    def __init__(self, out_indices: tuple[int, ...], extra_blocks: nn.Module, frozen: bool):
+        super().__init__()
+        body = timm.create_model("resnet18", features_only=True, out_indices=out_indices)
+        self.body = freeze_batch_norm_2d(body) if frozen else body
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), 256, extra_blocks)
+        self.out_channels = 256
+
+    def forward(self, images):
+        return self.fpn({str(i): m for i, m in enumerate(self.body(images))})
+
+
+@pytest.mark.parametrize("from_scratch", [True, False])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_state_dict_fits_the_plain_torchvision_class(tmp_path, detector, from_scratch):
+    arguments = dict(detector=detector, backbone="r18", num_classes=4, image_size=(64, 96), from_scratch=from_scratch)
+    ours = build_detector(**arguments).eval()
+    save_model(ours, arguments, {1: {"id": 7, "name": "cat"}}, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+
+    sizes = {"min_size": 64, "max_size": 96}
+    if detector == "faster_rcnn":
+        anchors = AnchorGenerator(tuple((16 * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        backbone = PlainBackbone((1, 2, 3, 4), LastLevelMaxPool(), not from_scratch)
+        plain = FasterRCNN(backbone, 4, rpn_anchor_generator=anchors, **sizes)
+    else:
+        backbone = PlainBackbone((2, 3, 4), LastLevelP6P7(256, 256), not from_scratch)
+        if detector == "fcos":
+            plain = FCOS(backbone, 4, score_thresh=0.05, **sizes)
+        else:
+            scales = tuple(tuple(int(16 * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
+            norm = partial(nn.GroupNorm, 32) if from_scratch else None
+            anchors = AnchorGenerator(scales, ((0.5, 1.0, 2.0),) * 5)
+            head = RetinaNetHead(256, 9, 4, norm_layer=norm)
+            plain = RetinaNet(backbone, 4, anchor_generator=anchors, head=head, detections_per_img=100, **sizes)
+    plain.load_state_dict(content["model"], strict=True)
+
+    image = torch.rand(3, 70, 90)
+    again, content = load_model(tmp_path / "model.pt")
+    with torch.no_grad():
+        expected, loaded, by_hand = ours([image]), again([image]), plain.eval()([image])
+    for key, value in expected[0].items():
+        assert torch.equal(value, loaded[0][key])
+        assert torch.equal(value, by_hand[0][key])
+    assert content["categories"] == {1: {"id": 7, "name": "cat"}}
+
+
+def test_torchvision_checkpoint_fits(tmp_path):
+    """torchvision's own FCOS with the published checkpoint's frozen norm gives the same detections from our class."""
+    theirs = freeze_batch_norm_2d(fcos_resnet50_fpn(weights=None, weights_backbone=None)).eval()
+    save(theirs.state_dict(), tmp_path / "fcos.pth")
+    ours = load_torchvision(tmp_path / "fcos.pth", "fcos", "r50", 91, (800, 1333))
+    ours.score_thresh = theirs.score_thresh = 0.0
+    theirs.transform.min_size = ours.transform.min_size = (64,)
+    image = [torch.rand(3, 64, 96)]
+    with torch.no_grad():
+        for key, value in theirs(image)[0].items():
+            assert_close(ours(image)[0][key], value)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    arguments = dict(detector="fcos", backbone="test_resnet", num_classes=4, image_size=(64, 96), from_scratch=True)
+    model = build_detector(**arguments)
+    incomplete = dict(list(model.state_dict().items())[:-1])
+    save({"model": incomplete, "arguments": arguments, "categories": {}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="Missing key"):
+        load_model(tmp_path / "model.pt")
+    save({"other": 1}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="does not hold a detector"):
+        load_model(tmp_path / "foreign.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut.pt is not a checkpoint"):
+        load_model(tmp_path / "cut.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(tmp_path / "absent.pt")
+
+
+class Malicious:
+    """Pickles to a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+    torch.save({"model": Malicious(tmp_path / "executed")}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="loaded safely"):
+        load_model(tmp_path / "model.pt")
+    assert not (tmp_path / "executed").exists()

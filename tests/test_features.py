@@ -1,0 +1,121 @@
+"""The explicit forward follows torchvision's to the last bit, and computes no more than it is asked for."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kd.detectors import DETECTORS, STRIDES, build_detector
+from kd.features import forward_detector
+
+IMAGES = (50, 70), (64, 48)
+
+
+@pytest.fixture
+def batch():
+    """Two images of different, non-square sizes; the second has no boxes."""
+    images = [torch.rand(3, *size) for size in IMAGES]
+    targets = [
+        {"boxes": torch.tensor([[5.0, 5.0, 30.0, 35.0], [10.0, 15.0, 50.0, 45.0]]), "labels": torch.tensor([1, 2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
+    ]
+    return images, targets
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_losses_equal_torchvision(batch, detector, amp):
+    images, targets = batch
+    model = build_detector(detector, "test_resnet", 4, image_size=(48, 64))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        torch.manual_seed(1)  # the samplers of Faster R-CNN draw
+        expected = model(images, targets)
+        torch.manual_seed(1)
+        _, losses = forward_detector(model, *model.transform(images, targets))
+    assert list(losses) == list(expected)
+    for name, loss in expected.items():
+        assert torch.equal(losses[name], loss), name
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_boxes_equal_torchvision_decoding(batch, detector, monkeypatch):
+    """Our boxes of a whole level are those that torchvision decodes, before it clips and selects."""
+    model = build_detector(detector, "test_resnet", 4, image_size=(48, 64)).eval()
+    images, _ = model.transform(batch[0])
+    with torch.no_grad():
+        output, _ = forward_detector(model, images, needs=("boxes",))
+        if detector == "faster_rcnn":
+            seen = {}
+            keep = type(model.rpn).filter_proposals
+
+            def spy(rpn, proposals, *args):
+                seen["proposals"] = proposals
+                return keep(rpn, proposals, *args)
+
+            monkeypatch.setattr(type(model.rpn), "filter_proposals", spy)
+            model.rpn(images, model.backbone(images.tensors))
+            expected = seen["proposals"]
+        else:
+            features = list(model.backbone(images.tensors).values())
+            deltas = model.head(features)["bbox_regression"]
+            anchors = torch.stack(model.anchor_generator(images, features))
+            decode = model.box_coder.decode if detector == "fcos" else model.box_coder.decode_single
+            expected = decode(deltas.reshape(-1, 4), anchors.reshape(-1, 4)).reshape(len(deltas), -1, 4)
+    ours = torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 3) for level in output.boxes], dim=1)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_strides_and_shapes(detector):
+    """On an input that every stride divides, strides times map sizes are the input, and anchors stand on the grid."""
+    model = build_detector(detector, "test_resnet", 4, image_size=(256, 384)).eval()
+    images, _ = model.transform([torch.rand(3, 256, 384)])
+    with torch.no_grad():
+        output, _ = forward_detector(model, images, needs=("boxes", "cls_logits"))
+    assert output.strides == list(STRIDES[detector])
+    for level, stride in enumerate(output.strides):
+        N, C, H, W = output.fpn[level].shape
+        assert (N, C, H * stride, W * stride) == (1, 256, 256, 384)
+        A, K = output.cls_logits[level].shape[1:3]
+        expected = {"fcos": (1, 4), "retinanet": (9, 4), "faster_rcnn": (3, 1)}
+        assert output.cls_logits[level].shape[1:3] == expected[detector]
+        assert output.boxes[level].shape == (1, A, 4, H, W)
+        centre = (output.anchors[level][:, :2] + output.anchors[level][:, 2:]) / 2
+        assert_close(centre[:, 0], (torch.arange(W) * float(stride)).expand(A, H, W))
+        assert_close(centre[:, 1], (torch.arange(H) * float(stride))[:, None].expand(A, H, W))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_only_what_is_needed_is_computed(batch, detector):
+    model = build_detector(detector, "test_resnet", 4, image_size=(48, 64)).eval()
+    images, _ = model.transform(batch[0])
+    ran = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+
+    def modules_run(*needs: str) -> str:
+        ran.clear()
+        with torch.no_grad():
+            forward_detector(model, images, needs=needs)
+        return " ".join(ran)
+
+    assert "head" not in modules_run("fpn") and "rpn" not in modules_run("fpn")
+    if detector != "faster_rcnn":
+        assert "regression_head" not in modules_run("fpn", "cls_logits")
+        assert "classification_head" not in modules_run("reg_tower")
+        assert "bbox_ctrness" not in modules_run("boxes", "cls_logits")
+    assert "roi_heads" not in modules_run("boxes", "cls_logits")
+
+
+def test_towers_are_the_blocks_of_the_head(batch):
+    """The last block, passed to the last convolution, gives the logits; dense heads have four blocks, the RPN one."""
+    for detector, blocks in (("fcos", 4), ("retinanet", 4), ("faster_rcnn", 1)):
+        model = build_detector(detector, "test_resnet", 4, image_size=(48, 64)).eval()
+        images, _ = model.transform(batch[0])
+        with torch.no_grad():
+            output, _ = forward_detector(model, images, needs=("cls_tower", "reg_tower"))
+            head = model.rpn.head if detector == "faster_rcnn" else model.head.classification_head
+            for tower, logits in zip(output.cls_tower, output.cls_logits):
+                assert len(tower) == blocks and all((block >= 0).all() for block in tower)
+                assert torch.equal(head.cls_logits(tower[-1]), logits.flatten(1, 2))
+        assert all(len(tower) == blocks for tower in output.reg_tower)
