@@ -1,0 +1,140 @@
+"""Student, frozen teacher and method as one module whose forward returns a dict of losses."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from kd.features import forward_detector
+
+
+class Distiller(nn.Module):
+    """Compute a student's detection losses and, with a teacher and a method, its distillation losses.
+
+    The teacher is a constant: always in eval mode, without gradients, and kept out of this module's parameters,
+    state_dict, `.train()` and `.to()`; put it on the student's device first.
+
+    Args:
+        student: a torchvision detector made by `kd.detectors.build_detector`.
+        teacher: a trained detector of the same kind, classes and anchors; None for plain training.
+        method: called as method(student_output, teacher_output, targets), returns a dict of weighted scalar losses; its
+            `needs` names what it reads. None for plain training.
+        warmup: number of iterations over which the distillation losses grow linearly to their full weight; 0 for none.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None = None, method: nn.Module | None = None, warmup: int = 0
+    ):
+        super().__init__()
+        if (teacher is None) != (method is None):
+            raise ValueError("a teacher and a method go together: give both or neither")
+        self.student = student
+        self.method = method
+        self.warmup = warmup
+        # In a tuple, nn.Module does not see the teacher.
+        self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return all losses of one training step by name; their sum is what to minimise.
+
+        Args:
+            images: [3, h, w] each, values in 0..1, any sizes.
+            targets: per image boxes [M, 4], xyxy pixels of the image, and labels [M], 1..K-1.
+
+        Returns:
+            torchvision's detection losses of the student and the method's losses, named loss_<method>_<term>.
+        """
+        images, targets = self.student.transform(images, targets)
+        student_output, losses = forward_detector(self.student, images, targets)
+        if self.method is None:
+            return losses
+
+        with torch.no_grad():
+            teacher_output, _ = forward_detector(self.teacher, self._as_teacher_input(images), needs=self.method.needs)
+        terms = self.method(student_output, teacher_output, targets)
+        if self.warmup:
+            factor = ((self.iteration + 1) / self.warmup).clamp(max=1)
+            terms = {name: factor * term for name, term in terms.items()}
+            self.iteration += 1
+        return {**losses, **terms}
+
+    def _as_teacher_input(self, images: ImageList) -> ImageList:
+        """Normalise the student's images with the teacher's mean and std where the two differ; padding stays 0."""
+        ours, theirs = self.student.transform, self.teacher.transform
+        if (ours.image_mean, ours.image_std) == (theirs.image_mean, theirs.image_std):
+            return images
+        values = images.tensors.new_tensor([ours.image_mean, ours.image_std, theirs.image_mean, theirs.image_std])
+        mean_s, std_s, mean_t, std_t = values[:, :, None, None]
+        tensors = torch.zeros_like(images.tensors)
+        for output, image, (h, w) in zip(tensors, images.tensors, images.image_sizes):
+            output[:, :h, :w] = (image[:, :h, :w] * std_s + mean_s - mean_t) / std_t
+        return ImageList(tensors, images.image_sizes)
+
+
+def check_pair(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError unless a teacher's outputs can stand beside a student's, position by position.
+
+    Detector, number of classes, pyramid strides and anchors must agree; backbones and input normalisation need not.
+    """
+    differences = []
+    for name, read in {
+        "detector": lambda m: type(m).__name__,
+        "number of classes (background included)": num_classes,
+        "strides of the backbone's maps": lambda m: m.backbone.body_strides,
+        "anchor sizes": lambda m: anchor_generator(m).sizes,
+        "anchor aspect ratios": lambda m: anchor_generator(m).aspect_ratios,
+    }.items():
+        if read(student) != read(teacher):
+            differences.append(f"{name}: student {read(student)}, teacher {read(teacher)}")
+    if differences:
+        raise ValueError("teacher and student do not fit. " + "; ".join(differences))
+
+
+def anchor_generator(detector: nn.Module) -> nn.Module:
+    """Return a detector's anchor generator, the RPN's for Faster R-CNN."""
+    return detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator
+
+
+def num_classes(detector: nn.Module) -> int:
+    """Return K of a detector, background included."""
+    if hasattr(detector, "roi_heads"):
+        return detector.roi_heads.box_predictor.cls_score.out_features
+    return detector.head.classification_head.num_classes
+
+
+def check_terms(losses: dict[str, Tensor], terms: Collection[str], student: nn.Module) -> list[str]:
+    """Make sure that distillation losses reach the student; return the names of those that are still zero.
+
+    A single term may be zero on a batch for a reason (no position where the teacher beats the student, say), so it is
+    to be looked at again on the next batch. All of them zero, or one without gradient, means that the method does not
+    do its work: wrong weights, features of the wrong network, a detached tensor.
+
+    Costs one backward pass per term; call it before the step's own backward.
+
+    Args:
+        losses: what Distiller returned, graph still alive.
+        terms: names of the distillation losses to look at.
+        student: the network that must receive gradients.
+
+    Raises:
+        RuntimeError: as above; names the term.
+    """
+    zero = [name for name in terms if losses[name].item() == 0]
+    if len(zero) == len(terms):
+        raise RuntimeError(f"{', '.join(zero)} is zero: teacher and student agree exactly, or nothing is compared")
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    for name in set(terms) - set(zero):
+        loss = losses[name]
+        if not loss.requires_grad:
+            raise RuntimeError(f"{name} = {loss.item():.4g} has no gradient: it does not depend on the student")
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        if not any(g is not None and g.abs().max() > 0 for g in gradients):
+            raise RuntimeError(f"{name} = {loss.item():.4g} sends no gradient to any parameter of the student")
+    return zero

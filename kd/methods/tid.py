@@ -1,0 +1,192 @@
+"""TID: "Task Integration Distillation for Object Detectors", Neurocomputing 2025, https://arxiv.org/abs/2404.01699.
+
+A detector has two tasks, to name an object and to place its box, and a position can be good at one and poor at the
+other. Methods that choose where to distil by the class scores alone see half of that, and those that ask the teacher
+alone do not see what the student has yet to learn. TID grades every position of both networks on both tasks, by their
+own predictions. Where the teacher's grade is high lies what matters (key); where it beats the student's lies what the
+student still lacks (weak); each of these areas, and the rest, is distilled with a weight of its own.
+
+This is not a reproduction. There is no public code, and we know the paper's structure but not all of its constants, so
+each line below is marked as the paper's or as our reading, and AP measured with this file says little about the paper.
+
+    score_r = 2 if IoU >= t_pos, 1.5 if t_neg < IoU < t_pos, 0.4 if IoU <= t_neg    paper; thresholds of the detector
+              IoU: the largest of a predicted box with the image's ground truth     paper; decoded boxes: ours
+    score_c = 2 if the class is that of the ground-truth box so matched, else 0.4   paper: discrete; its values: ours
+    score   = max over anchors of score_c * score_r                                 paper: the product; the max: ours
+
+    key  = score_teacher >= 3                                                       ours: class right, box 1.5 or 2
+    weak = score_teacher > score_student, and not key                               paper: by difference; how: ours
+    rest = everything else                                                          paper: three areas
+
+    loss = sum over areas  weight_area * sum_l  sum_{(n,p) in area_l} mean_c (adapter_l(student_l) - teacher_l)^2
+                                                / max(1, |area_l|)                  paper: weights; the rest: ours
+
+IoU is taken with predicted boxes because anchors are common to teacher and student and could not tell them apart. The
+class is the arg-max over cls_logits, however small its probability; an RPN knows only objects, and is right where its
+probability is at least 0.5. A box that overlaps no ground truth is matched to none, and its class counts as wrong. An
+image without ground truth is all rest. On Faster R-CNN, predictions are the RPN's. Areas are constants.
+
+|area_l| counts positions over all images of the batch: an image holding most of an area holds most of its loss. With
+several processes each counts over its own share of the batch.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+# (t_pos, t_neg): IoU from which a sample is positive, and up to which it is negative. FCOS has none; RetinaNet's serve.
+THRESHOLDS = {"retinanet": (0.5, 0.4), "fcos": (0.5, 0.4), "faster_rcnn": (0.7, 0.3)}
+SCORES = (2.0, 1.5, 0.4)  # high, middle, low: the paper's for IoU; score_c takes the first and the last
+AREA_WEIGHTS = (2.0, 1.0, 0.5)  # key, weak, rest: our choice, not the paper's
+
+
+def position_score(
+    cls_logits: Tensor,
+    boxes: Tensor,
+    targets: list[dict[str, Tensor]],
+    t_pos: float,
+    t_neg: float,
+    scores: tuple[float, float, float] = SCORES,
+) -> Tensor:
+    """Grade each position of a level by its class and its box, [N, H, W]; 0 on images without ground truth.
+
+    Args:
+        cls_logits: [N, A, K, H, W]; K = 1 is objectness, else slot k is class k of the labels.
+        boxes: predicted boxes [N, A, 4, H, W], xyxy pixels.
+        targets: per image boxes [M, 4], xyxy pixels, and labels [M].
+        t_pos: IoU from which a box scores high.
+        t_neg: IoU up to which it scores low.
+        scores: high, middle, low.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    N, A, K, H, W = cls_logits.shape
+    if boxes.shape != (N, A, 4, H, W) or len(targets) != N:
+        raise ValueError(
+            f"class logits {tuple(cls_logits.shape)} and boxes {tuple(boxes.shape)} must agree, boxes [N, A, 4, H, W], "
+            f"with one target per image, not {len(targets)}"
+        )
+    high, middle, low = scores
+    boxes = at_least_float32(boxes.detach())
+    score = torch.zeros(N, H, W, device=boxes.device)
+    for n, target in enumerate(targets):
+        if len(target["boxes"]) == 0:
+            continue
+        iou = box_iou(boxes[n].permute(0, 2, 3, 1).reshape(-1, 4), target["boxes"].to(boxes))
+        iou, matched = (x.view(A, H, W) for x in iou.max(dim=1))
+        right = cls_logits[n, :, 0] >= 0 if K == 1 else cls_logits[n].argmax(dim=1) == target["labels"][matched]
+        # Without IoU > 0, boxes that touch nothing would be held against whichever ground truth is listed first.
+        score_c = torch.where(right & (iou > 0), high, low)
+        score_r = torch.where(iou >= t_pos, high, torch.where(iou > t_neg, middle, low))
+        score[n] = (score_c * score_r).amax(dim=0)
+    return score
+
+
+def split_areas(score_s: Tensor, score_t: Tensor, key_score: float = SCORES[0] * SCORES[1]) -> Tensor:
+    """Return the key, weak and rest areas as one mask [3, N, H, W]; each position is in exactly one.
+
+    Args:
+        score_s: the student's scores [N, H, W], from `position_score`.
+        score_t: the teacher's.
+        key_score: teacher's score from which a position is key.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    if score_s.shape != score_t.shape:
+        raise ValueError(f"student scores {tuple(score_s.shape)} and teacher's {tuple(score_t.shape)} must agree")
+    key = score_t >= key_score * (1 - 1e-6)  # a product rounded in float32 may fall just below
+    weak = (score_t > score_s) & ~key
+    return torch.stack([key, weak, ~(key | weak)])
+
+
+def tid_losses(student: Tensor, teacher: Tensor, areas: Tensor) -> Tensor:
+    """Squared feature difference of each area [3]: mean over channels, mean over the area's positions in the batch.
+
+    Args:
+        student: adapted student features [N, C, H, W].
+        teacher: teacher features [N, C, H, W], a constant.
+        areas: [3, N, H, W], from `split_areas`; an empty area gives 0.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    if student.shape != teacher.shape or areas.shape[1:] != student[:, 0].shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, with areas [3, N, H, W], "
+            f"not {tuple(areas.shape)}"
+        )
+    difference = (at_least_float32(student) - at_least_float32(teacher.detach())).square().mean(dim=1)
+    areas = areas.to(difference)
+    return (areas * difference).sum(dim=(1, 2, 3)) / areas.sum(dim=(1, 2, 3)).clamp(min=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Lift half precision to float32, as under autocast; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class TID(nn.Module):
+    """Distillation of the FPN features, weighted by what both tasks say of each position.
+
+    Args:
+        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default thresholds.
+        student_channels: channels of the student's pyramid levels.
+        teacher_channels: channels of the teacher's.
+        strides: one per pyramid level; only their number matters here.
+        t_pos: IoU from which a box scores high.
+        t_neg: IoU up to which it scores low.
+        scores: high, middle, low, falling. Key positions are those of at least high * middle.
+        key_weight: weight of the key area.
+        weak_weight: weight of the weak area.
+        rest_weight: weight of the rest.
+
+    Raises:
+        ValueError: t_neg is above t_pos, or scores do not fall.
+    """
+
+    needs = ("fpn", "cls_logits", "boxes")
+    warmup = 0
+
+    def __init__(
+        self,
+        detector: str,
+        student_channels: int,
+        teacher_channels: int,
+        strides: tuple[int, ...],
+        t_pos: float | None = None,
+        t_neg: float | None = None,
+        scores: tuple[float, float, float] = SCORES,
+        key_weight: float = AREA_WEIGHTS[0],
+        weak_weight: float = AREA_WEIGHTS[1],
+        rest_weight: float = AREA_WEIGHTS[2],
+    ):
+        super().__init__()
+        self.t_pos, self.t_neg = THRESHOLDS[detector]
+        self.t_pos = self.t_pos if t_pos is None else t_pos
+        self.t_neg = self.t_neg if t_neg is None else t_neg
+        if self.t_neg > self.t_pos or not scores[0] > scores[1] > scores[2]:
+            raise ValueError(f"t_neg {self.t_neg} must not exceed t_pos {self.t_pos}, and scores {scores} must fall")
+        self.scores = scores
+        self.weights = {"key": key_weight, "weak": weak_weight, "rest": rest_weight}
+        self.adapters = nn.ModuleList(nn.Conv2d(student_channels, teacher_channels, 1) for _ in strides)
+
+    def forward(self, student, teacher, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return loss_tid_key, loss_tid_weak and loss_tid_rest, weighted and summed over levels.
+
+        Args:
+            student: has fpn, a list over levels of [N, C, H, W], cls_logits, of [N, A, K, H, W], and boxes, of
+                [N, A, 4, H, W], xyxy pixels. Only fpn receives gradients.
+            teacher: the same, constants.
+            targets: per image boxes [M, 4], xyxy pixels of the same input, and labels [M].
+        """
+        losses = 0
+        for level, adapter in enumerate(self.adapters):
+            score_s, score_t = (
+                position_score(x.cls_logits[level], x.boxes[level], targets, self.t_pos, self.t_neg, self.scores)
+                for x in (student, teacher)
+            )
+            areas = split_areas(score_s, score_t, self.scores[0] * self.scores[1])
+            losses += tid_losses(adapter(student.fpn[level]), teacher.fpn[level], areas)
+        return {f"loss_tid_{area}": self.weights[area] * loss for area, loss in zip(self.weights, losses)}

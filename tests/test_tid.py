@@ -1,0 +1,274 @@
+"""TID against its equations in slow loops, on inputs like each detector's, and arithmetic done by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kd.methods.tid import TID, position_score, split_areas, tid_losses
+
+# detector, anchors, classes, t_pos, t_neg
+DETECTORS = [("retinanet", 9, 4, 0.5, 0.4), ("fcos", 1, 4, 0.5, 0.4), ("faster_rcnn", 3, 1, 0.7, 0.3)]
+
+
+@pytest.fixture
+def predictions(fake_output, targets):
+    """A function that makes a fake output whose boxes on the first image are its ground truth, up to 60 pixels off."""
+
+    def make(seed: int, A: int, K: int):
+        output = fake_output(seed, A=A, K=K)
+        generator = torch.Generator().manual_seed(seed)
+        for boxes in output.boxes:
+            H, W = boxes.shape[3:]
+            truth = targets[0]["boxes"][torch.randint(2, (A, H, W), generator=generator)].movedim(3, 1)
+            pixels = torch.tensor([1.0, 4, 15, 60])[torch.randint(4, (1, 1, H, W), generator=generator)]
+            boxes[0] = truth + pixels * torch.rand(A, 1, H, W, generator=generator)  # moved down and to the right
+        return output
+
+    return make
+
+
+def overlap(p: list[float], q: list[float]) -> float:
+    width = max(0.0, min(p[2], q[2]) - max(p[0], q[0]))
+    height = max(0.0, min(p[3], q[3]) - max(p[1], q[1]))
+    both = width * height
+    return both / ((p[2] - p[0]) * (p[3] - p[1]) + (q[2] - q[0]) * (q[3] - q[1]) - both)
+
+
+def slow_score(logits: list[list[float]], boxes: list[list[float]], target: dict, t_pos: float, t_neg: float) -> float:
+    """One position's grade, its anchors' class logits and boxes given."""
+    best = 0.0
+    for anchor_logits, box in zip(logits, boxes):
+        ious = [overlap(box, truth) for truth in target["boxes"].tolist()]
+        if not ious:
+            return 0.0
+        iou = max(ious)
+        label = target["labels"][ious.index(iou)].item()
+        if len(anchor_logits) == 1:
+            right = 1 / (1 + math.exp(-anchor_logits[0])) >= 0.5
+        else:
+            right = anchor_logits.index(max(anchor_logits)) == label
+        score_c = 2 if right and iou > 0 else 0.4
+        score_r = 2 if iou >= t_pos else 1.5 if iou > t_neg else 0.4
+        best = max(best, score_c * score_r)
+    return best
+
+
+@pytest.mark.parametrize("detector, A, K, t_pos, t_neg", DETECTORS)
+def test_matches_equation(predictions, targets, detector, A, K, t_pos, t_neg):
+    """Slow loops over every index; labels are 1 and 2 of four classes, and not read where there is one."""
+    student, teacher = predictions(1, A, K), predictions(2, A, K)
+    expected = {"key": 0.0, "weak": 0.0, "rest": 0.0}
+    sizes = {"key": 0, "weak": 0, "rest": 0}
+    for level in range(3):
+        N, C, H, W = student.fpn[level].shape
+        found = {"key": [], "weak": [], "rest": []}
+        for n in range(N):
+            for y in range(H):
+                for x in range(W):
+                    score_s, score_t = (
+                        slow_score(
+                            output.cls_logits[level][n, :, :, y, x].tolist(),
+                            output.boxes[level][n, :, :, y, x].tolist(),
+                            targets[n],
+                            t_pos,
+                            t_neg,
+                        )
+                        for output in (student, teacher)
+                    )
+                    area = "key" if score_t > 2.9 else "weak" if score_t > score_s else "rest"
+                    s, t = student.fpn[level][n, :, y, x].tolist(), teacher.fpn[level][n, :, y, x].tolist()
+                    found[area].append(sum((a - b) ** 2 for a, b in zip(s, t)) / C)
+        for area, differences in found.items():
+            expected[area] += sum(differences) / max(1, len(differences))
+            sizes[area] += len(differences)
+    assert min(sizes.values()) > 0
+
+    method = TID(detector, 4, 4, (8, 16, 32), key_weight=3.0, weak_weight=0.7, rest_weight=0.1).double()
+    identity_adapters(method)
+    assert (method.t_pos, method.t_neg) == (t_pos, t_neg)
+    losses = method(student, teacher, targets)
+    for area, weight in (("key", 3.0), ("weak", 0.7), ("rest", 0.1)):
+        assert_close(losses[f"loss_tid_{area}"].item(), weight * expected[area])
+
+
+def identity_adapters(method: TID) -> None:
+    for adapter in method.adapters:
+        torch.nn.init.dirac_(adapter.weight)
+        torch.nn.init.zeros_(adapter.bias)
+
+
+@pytest.mark.parametrize("detector, A, K, t_pos, t_neg", DETECTORS)
+def test_zero_at_teacher(predictions, targets, detector, A, K, t_pos, t_neg):
+    """Equal features cost nothing; equal predictions leave nothing weak; what is key is the teacher's alone to say."""
+    teacher, other = predictions(2, A, K), predictions(1, A, K)
+    method = TID(detector, 4, 4, (8, 16, 32)).double()
+    identity_adapters(method)
+    assert all(loss == 0 for loss in method(teacher, teacher, targets).values())
+
+    for level in range(3):
+        score_s, score_t = (
+            position_score(output.cls_logits[level], output.boxes[level], targets, t_pos, t_neg)
+            for output in (other, teacher)
+        )
+        areas = split_areas(score_s, score_t)
+        assert (areas.sum(dim=0) == 1).all()
+        assert not split_areas(score_t, score_t)[1].any()
+        assert_close(split_areas(score_t, score_t)[0], areas[0])
+        assert areas[2, 1].all()  # the second image has no ground truth
+
+
+def test_order_of_ground_truth(predictions, targets):
+    """Neither the order of an image's ground truth nor that of the anchors matters."""
+    output = predictions(1, 3, 4)
+    logits, boxes = output.cls_logits[0], output.boxes[0]
+    score = position_score(logits, boxes, targets, 0.5, 0.4)
+    reversed_targets = [{name: values.flip(0) for name, values in target.items()} for target in targets]
+    assert_close(position_score(logits, boxes, reversed_targets, 0.5, 0.4), score)
+    assert_close(position_score(logits.flip(1), boxes.flip(1), targets, 0.5, 0.4), score)
+
+
+# One ground truth of 10x10; a predicted box of the same corner and width has its height over 10 as IoU.
+@pytest.mark.parametrize(
+    "height, right, expected",
+    [
+        (10, True, 4.0),
+        (5, True, 4.0),  # t_pos itself is positive
+        (4.5, True, 3.0),
+        (4, True, 0.8),  # t_neg itself is negative
+        (10, False, 0.8),
+        (4.5, False, 0.6),
+        (1, False, 0.16),
+    ],
+)
+def test_hand_computed_score(height, right, expected):
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([2])}
+    boxes = torch.tensor([0.0, 0, 10, height]).view(1, 1, 4, 1, 1)
+    far = torch.tensor([50.0, 50, 60, 60]).view(1, 1, 4, 1, 1)
+    for logits in ([-9.0, -8, -3 if right else -10], [0.1 if right else -0.1]):  # slot 2 is class 2; or objectness
+        logits = torch.tensor(logits).view(1, 1, -1, 1, 1)
+        assert_close(position_score(logits, boxes, [target], 0.5, 0.4).item(), expected)
+        assert_close(position_score(logits, far, [target], 0.5, 0.4).item(), 0.16)
+        two = position_score(torch.cat([logits] * 2, 1), torch.cat([far, boxes], 1), [target], 0.5, 0.4)
+        assert_close(two.item(), expected)
+
+
+def test_hand_computed():
+    """One level of four positions in a row, two channels, one anchor, ground truth of class 1.
+
+    Teacher's scores: 4 and 3 (key), 0.8 against the student's 0.16 (weak), 0.16 against 0.8 (rest).
+    Squared differences, mean over channels: (1 + 9) / 2 = 5, (4 + 0) / 2 = 2, (0 + 4) / 2 = 2, (16 + 0) / 2 = 8.
+    key = (5 + 2) / 2 = 3.5, weak = 2, rest = 8; weighted by the defaults 2, 1 and 0.5: 7, 2 and 4.
+    """
+    score_s = torch.tensor([4.0, 0.16, 0.16, 0.8]).view(1, 1, 4)
+    score_t = torch.tensor([4.0, 3.0, 0.8, 0.16]).view(1, 1, 4)
+    areas = split_areas(score_s, score_t)
+    assert areas.int().tolist() == [[[[1, 1, 0, 0]]], [[[0, 0, 1, 0]]], [[[0, 0, 0, 1]]]]
+    student = torch.tensor([[1.0, 2, 0, 4], [3, 0, 2, 0]], dtype=torch.float64).view(1, 2, 1, 4)
+    losses = tid_losses(student, torch.zeros_like(student), areas)
+    assert_close(losses, torch.tensor([3.5, 2, 8], dtype=torch.float64))
+    method = TID("fcos", 2, 2, (8,))
+    assert [w * loss for w, loss in zip(method.weights.values(), losses.tolist())] == [7.0, 2.0, 4.0]
+
+
+def test_key_score_is_rounded():
+    """1.3 * 0.7 is more in double precision than in single; a position that has it is key all the same."""
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([1])}
+    for middle in (0.7, 0.9, 1.1):
+        score = position_score(
+            torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1),
+            torch.tensor([0.0, 0, 10, 4.5]).view(1, 1, 4, 1, 1),
+            [target],
+            0.5,
+            0.4,
+            (1.3, middle, 0.1),
+        )
+        assert split_areas(score, score, 1.3 * middle)[0].all()
+
+
+def test_gradients(predictions, targets):
+    student, teacher = predictions(1, 3, 4), predictions(2, 3, 4)
+    scores = [position_score(o.cls_logits[0], o.boxes[0], targets, 0.5, 0.4) for o in (student, teacher)]
+    areas = split_areas(*scores)
+    features = student.fpn[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: tid_losses(f, teacher.fpn[0], areas), features)
+
+    method = TID("fcos", 4, 4, (8, 16, 32)).double()
+    constants = [*teacher.fpn, *teacher.cls_logits, *teacher.boxes, *student.cls_logits, *student.boxes]
+    for tensor in [*constants, *student.fpn]:
+        tensor.requires_grad_()
+    losses = method(student, teacher, targets)
+    assert set(losses) == {"loss_tid_key", "loss_tid_weak", "loss_tid_rest"}
+    sum(losses.values()).backward()
+    assert all(t.grad is None for t in constants)
+    assert all(f.grad.abs().max() > 0 for f in student.fpn)
+    assert len(list(method.parameters())) == 6
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
+
+
+def test_edge_cases(predictions, fake_output, targets):
+    # One image without ground truth, channels that differ: all is rest, and the adapters still hear of it.
+    method = TID("faster_rcnn", 4, 6, (8, 16, 32)).double()
+    losses = method(fake_output(1, N=1, K=1), fake_output(2, N=1, K=1, C=6), targets[1:])
+    assert losses["loss_tid_key"] == losses["loss_tid_weak"] == 0 < losses["loss_tid_rest"]
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().max() > 0 for p in method.parameters())
+
+    student, teacher = predictions(1, 1, 4), predictions(2, 1, 4)
+    swapped = position_score(teacher.cls_logits[0], teacher.boxes[0].flip(0), targets[::-1], 0.5, 0.4)
+    assert (swapped[0] == 0).all() and (swapped[1] > 0).all()  # no boxes in the first image of a batch
+
+    student.fpn[0][:, 1] = 3.0  # a constant channel
+    method = TID("fcos", 4, 4, (8, 16, 32))
+    for output in (student, teacher):
+        for name in ("fpn", "cls_logits", "boxes"):
+            setattr(output, name, [t.bfloat16() for t in getattr(output, name)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = method(student, teacher, targets)
+    assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
+    for boxes in teacher.boxes:  # degenerate predictions are legal
+        boxes[:, :, 2:] = boxes[:, :, :2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert method(student, teacher, targets)["loss_tid_key"] == 0
+
+
+def test_normaliser(predictions, targets):
+    """A mean over the batch's positions of an area: repeating the batch changes nothing, images do not split."""
+    student, teacher = predictions(1, 3, 4), predictions(2, 3, 4)
+    s, t = student.fpn[0], teacher.fpn[0]
+    both = [targets[0], {name: values[:1] for name, values in targets[0].items()}]
+    scores = [position_score(o.cls_logits[0], o.boxes[0], both, 0.5, 0.4) for o in (student, teacher)]
+    areas = split_areas(*scores)
+    once = tid_losses(s, t, areas)
+    assert_close(tid_losses(torch.cat([s, s]), torch.cat([t, t]), torch.cat([areas, areas], dim=1)), once)
+    one_by_one = sum(tid_losses(s[n : n + 1], t[n : n + 1], areas[:, n : n + 1]) for n in range(2)) / 2
+    assert ((once - one_by_one).abs() > 1e-3).any()
+
+    # An image without ground truth joins the rest and leaves key and weak as they are.
+    nothing = torch.zeros_like(areas[:, :1])
+    nothing[2] = True
+    joined = tid_losses(torch.cat([s, s[:1]]), torch.cat([t, t[:1]]), torch.cat([areas, nothing], dim=1))
+    assert_close(joined[:2], once[:2])
+    assert (joined[2] - once[2]).abs() > 1e-3
+
+
+def test_errors(fake_output, targets):
+    output = fake_output(1)
+    logits, boxes = output.cls_logits[0], output.boxes[0]
+    with pytest.raises(ValueError, match="boxes"):
+        position_score(logits, boxes[:, :1], targets, 0.5, 0.4)
+    with pytest.raises(ValueError, match="one target per image"):
+        position_score(logits, boxes, targets[:1], 0.5, 0.4)
+    score = position_score(logits, boxes, targets, 0.5, 0.4)
+    areas = split_areas(score, score)
+    with pytest.raises(ValueError, match="must agree"):
+        split_areas(score, score[:1])
+    with pytest.raises(ValueError, match="must agree"):
+        tid_losses(output.fpn[0], output.fpn[1], areas)
+    with pytest.raises(ValueError, match="areas"):
+        tid_losses(output.fpn[0], output.fpn[0], areas[:, 0])
+    with pytest.raises(ValueError, match="t_neg"):
+        TID("fcos", 4, 4, (8,), t_pos=0.3)
+    with pytest.raises(ValueError, match="fall"):
+        TID("fcos", 4, 4, (8,), scores=(0.4, 1.5, 2.0))
