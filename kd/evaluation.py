@@ -1,0 +1,119 @@
+"""COCO metrics through pycocotools, and pictures of detections beside the ground truth."""
+
+import contextlib
+import io
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import draw_bounding_boxes, make_grid
+from tqdm import tqdm
+
+METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
+
+
+@torch.inference_mode()
+def detect(detector: nn.Module, loader: DataLoader, device: torch.device, name: str) -> dict[int, dict[str, Tensor]]:
+    """Run a detector over a data set in float32; return its detections on the CPU by image id.
+
+    Args:
+        detector: a torchvision detector; left in eval mode.
+        loader: yields (images, targets) with image_id in every target.
+        device: where the detector is.
+        name: shown on the progress bar.
+    """
+    detector.eval()
+    detections = {}
+    for images, targets in tqdm(loader, desc=f"evaluating {name}", leave=False, dynamic_ncols=True):
+        outputs = detector([image.to(device) for image in images])
+        for target, output in zip(targets, outputs):
+            detections[target["image_id"]] = {key: value.cpu() for key, value in output.items()}
+    return detections
+
+
+def coco_metrics(detections: dict[int, dict[str, Tensor]], coco: dict, categories: dict[int, dict]) -> dict[str, float]:
+    """Return COCO's twelve numbers, each in 0..1, or -1 where no ground truth has that size.
+
+    Args:
+        detections: boxes [D, 4] xyxy pixels of the original image, scores [D], labels [D] by image id. Only these
+            images count, also those without detections.
+        coco: ground truth in COCO's format.
+        categories: COCO category of each label; detections of other labels are dropped.
+    """
+    rows = []
+    for image_id, detection in detections.items():
+        for (x1, y1, x2, y2), score, label in zip(
+            detection["boxes"].tolist(), detection["scores"].tolist(), detection["labels"].tolist()
+        ):
+            if label in categories:
+                rows.append((image_id, x1, y1, x2 - x1, y2 - y1, score, categories[label]["id"]))
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO()
+        truth.dataset = coco
+        truth.createIndex()
+        if not rows:  # loadRes refuses an empty list
+            return dict.fromkeys(METRICS, 0.0)
+        evaluation = COCOeval(truth, truth.loadRes(np.array(rows, dtype=np.float64)), "bbox")
+        evaluation.params.imgIds = sorted(detections)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(METRICS, evaluation.stats.tolist()))
+
+
+def evaluate(
+    detector: nn.Module, loader: DataLoader, device: torch.device, name: str = "detector"
+) -> tuple[dict[str, float], dict[int, dict[str, Tensor]]]:
+    """Return COCO's twelve numbers of a detector on a data set, and its detections by image id.
+
+    Under torchrun each process brings its share of the images; all get the numbers of the whole.
+
+    Args:
+        detector: a torchvision detector.
+        loader: its data set offers coco() and categories.
+        device: where the detector is.
+        name: shown on the progress bar.
+    """
+    detections = detect(detector, loader, device, name)
+    if distributed.is_initialized():
+        shares = [None] * distributed.get_world_size()
+        distributed.all_gather_object(shares, detections)
+        detections = {image_id: found for share in shares for image_id, found in share.items()}
+    dataset = getattr(loader.dataset, "dataset", loader.dataset)  # a Subset holds its whole
+    return coco_metrics(detections, dataset.coco(), dataset.categories), detections
+
+
+def draw_samples(
+    dataset: Dataset, rows: list[dict[int, dict[str, Tensor]]], count: int = 8, threshold: float = 0.3
+) -> Tensor:
+    """Draw the first images of a data set: a row with the ground truth, then one for each detector.
+
+    Args:
+        dataset: yields (image [3, h, w] in 0..1, target) and offers categories.
+        rows: per detector what `detect` returned.
+        count: number of images.
+        threshold: detections with a lower score are left out.
+
+    Returns:
+        [3, H, W], values in 0..1.
+    """
+    shown = [dataset[index] for index in range(min(count, len(dataset)))]
+    height, width = (max(image.shape[axis] for image, _ in shown) for axis in (1, 2))
+    tiles = []
+    for detections in (None, *rows):
+        for image, target in shown:
+            boxes, labels = target["boxes"], target["labels"]
+            if detections is not None:
+                found = detections[target["image_id"]]
+                keep = found["scores"] >= threshold
+                boxes, labels = found["boxes"][keep], found["labels"][keep]
+            names = [dataset.categories.get(label, {"name": "?"})["name"] for label in labels.tolist()]
+            colors = [f"hsl({137 * label % 360}, 90%, 55%)" for label in labels.tolist()]
+            tile = (image * 255).to(torch.uint8)
+            if names:
+                tile = draw_bounding_boxes(tile, boxes, names, colors=colors, width=2)
+            tiles.append(nn.functional.pad(tile, (0, width - tile.shape[2], 0, height - tile.shape[1])))
+    return make_grid(tiles, nrow=len(shown)).float() / 255

@@ -1,0 +1,65 @@
+"""COCO's numbers on detections whose score is known, and the pictures."""
+
+import pytest
+import torch
+
+from kd.evaluation import METRICS, coco_metrics, draw_samples
+from kd.shapes import Shapes
+
+
+@pytest.fixture
+def truth():
+    dataset = Shapes(4, 0, 64)
+    perfect = {}
+    for index in range(4):
+        target = dataset[index][1]
+        boxes, labels = torch.as_tensor(target["boxes"]), target["labels"]
+        perfect[index] = {"boxes": boxes, "labels": labels, "scores": torch.linspace(1, 0.5, len(labels))}
+    return dataset, perfect
+
+
+def test_perfect_detections(truth):
+    dataset, perfect = truth
+    metrics = coco_metrics(perfect, dataset.coco(), dataset.categories)
+    assert tuple(metrics) == METRICS
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1)
+
+
+def test_wrong_labels_and_no_detections(truth):
+    dataset, perfect = truth
+    wrong = {i: {**d, "labels": d["labels"] % 4 + 1} for i, d in perfect.items()}
+    assert coco_metrics(wrong, dataset.coco(), dataset.categories)["AP"] < 0.3
+    nothing = {i: {k: v[:0] for k, v in d.items()} for i, d in perfect.items()}
+    assert coco_metrics(nothing, dataset.coco(), dataset.categories)["AP"] == 0
+
+
+def test_boxes_moved_by_a_quarter(truth):
+    """A box moved by a quarter of its width keeps IoU 0.75 / 1.25 = 0.6: found at the thresholds 0.5, 0.55 and (bounds
+    of rounding) perhaps 0.6, so AP50 is 1, AP75 is 0 and AP is 0.2 or 0.3."""
+    dataset, perfect = truth
+    shifted = {}
+    for index, found in perfect.items():
+        boxes = found["boxes"].clone()
+        boxes[:, 0::2] += 0.25 * (boxes[:, 2:3] - boxes[:, 0:1])
+        shifted[index] = {**found, "boxes": boxes}
+    metrics = coco_metrics(shifted, dataset.coco(), dataset.categories)
+    assert metrics["AP50"] > 0.9 and metrics["AP75"] < 0.1 and 0.15 < metrics["AP"] < 0.35
+
+
+def test_only_the_given_images_count(truth):
+    """Half of the images, perfectly detected, are perfect; labels without a category are dropped."""
+    dataset, perfect = truth
+    half = {i: perfect[i] for i in (0, 1)}
+    half[0] = {**half[0], "labels": half[0]["labels"].clone()}
+    assert coco_metrics(half, dataset.coco(), dataset.categories)["AP"] == pytest.approx(1)
+    unknown = {i: {**d, "labels": torch.full_like(d["labels"], 77)} for i, d in perfect.items()}
+    assert coco_metrics(unknown, dataset.coco(), dataset.categories)["AP"] == 0
+
+
+def test_samples_show_boxes(truth):
+    dataset, perfect = truth
+    dataset.transforms = lambda image, target: (image.float() / 255, target)
+    picture = draw_samples(dataset, [perfect], count=3)
+    assert picture.shape == (3, 2 * 64 + 3 * 2, 3 * 64 + 4 * 2) and picture.min() >= 0 and picture.max() <= 1
+    blank = draw_samples(dataset, [{i: {**d, "scores": d["scores"] * 0} for i, d in perfect.items()}], count=3)
+    assert not torch.equal(picture, blank)

@@ -1,0 +1,221 @@
+"""The scripts, end to end on a small model: what a run writes, what it prints, and how it refuses."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import eval as evaluation_script
+import kd.data
+import train
+from kd.checkpoint import load_model, load_torchvision, save
+from kd.shapes import Shapes
+
+SMALL = [
+    *("--student", "test_resnet", "--image-size", "64", "64", "--batch-size", "4"),
+    *("--max-iterations", "3", "--device", "cpu", "--amp", "off"),
+]
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 16)
+    monkeypatch.setattr(kd.data, "SHAPES_VAL", 6)
+
+
+def run(*words: str) -> dict:
+    return train.main(train.parse_args([*SMALL, *map(str, words)]))
+
+
+def test_teacher_student_table(tmp_path, capsys):
+    """A missing teacher is trained first and kept; the table has teacher, plain student and distilled student."""
+    plain = run("--output", tmp_path / "none-fcos-test_resnet")
+    metrics = run("--method", "frs", "--teacher", "r18", "--output", tmp_path / "frs", "--seed", 1)
+    printed = capsys.readouterr().out
+    assert "training r18 first" in printed
+    assert "Teacher r18 from" in printed and "on 6 validation images" in printed
+    table = printed[printed.rindex("AP50") :].splitlines()[1:4]
+    assert [row.split()[:2] for row in table] == [["teacher", "r18"], ["plain", "test_resnet"], ["frs", "test_resnet"]]
+    assert f"{plain['AP']:.3f}" in table[1] and f"{metrics['AP']:.3f}" in table[2]
+
+    assert {f.name for f in (tmp_path / "frs").iterdir()} == {
+        "args.json", "log.jsonl", "checkpoint.pt", "model.pt", "samples.png"
+    }  # fmt: skip
+    settings = json.loads((tmp_path / "frs" / "args.json").read_text())
+    assert settings["method"] == "frs" and settings["versions"]["torch"] == torch.__version__
+    line = json.loads((tmp_path / "frs" / "log.jsonl").read_text().splitlines()[-1])
+    assert line["iteration"] == 3 and line["AP"] == metrics["AP"]
+    assert {"classification", "bbox_regression", "bbox_ctrness", "loss_frs_fpn", "loss_frs_head"} == set(line["losses"])
+    with Image.open(tmp_path / "frs" / "samples.png") as picture:
+        assert picture.width > 6 * 64 and picture.height > 3 * 64
+
+    run("--method", "l2", "--teacher", "r18", "--output", tmp_path / "l2")
+    assert "training r18 first" not in capsys.readouterr().out
+
+    evaluation_script.main(_Arguments(tmp_path / "frs"))
+    again = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert again == {name: f"{metrics[name]:.3f}" for name in again} and len(again) == 12
+    evaluation_script.main(_Arguments(tmp_path))
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5 and any(row.startswith("frs ") for row in rows)
+
+
+class _Arguments:
+    val_images = val_annotations = None
+    device, workers = "cpu", 0
+
+    def __init__(self, folder):
+        self.run = str(folder)
+
+
+def test_the_exported_student_is_the_trained_one(tmp_path):
+    """model.pt holds the student alone; checkpoint.pt also the adapters; the teacher is in neither."""
+    run("--method", "frs", "--teacher", "r18", "--output", tmp_path / "frs")
+    student, _ = load_model(tmp_path / "frs" / "model.pt")
+    checkpoint = torch.load(tmp_path / "frs" / "checkpoint.pt", weights_only=True)["distiller"]
+    exported = {f"student.{name}": value for name, value in student.state_dict().items()}
+    assert all(torch.equal(checkpoint[name], value) for name, value in exported.items())
+    assert {n.split(".")[0] for n in checkpoint.keys() - exported.keys()} == {"method", "iteration"}
+
+
+def test_the_same_seed_gives_the_same_student(tmp_path):
+    for name in ("a", "b"):
+        run("--output", tmp_path / name)
+    first, second = (torch.load(tmp_path / n / "model.pt", weights_only=True)["model"] for n in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch):
+    """Stopped after one of two epochs and continued, the student ends bit for bit the same."""
+    words = ("--method", "frs", "--teacher", "r18", "--epochs", 2, "--max-iterations", 8)
+    run(*words, "--output", tmp_path / "whole")
+
+    saves = []
+
+    def save_once(content, path):
+        save(content, path)
+        if path.name == "checkpoint.pt" and path.parent.name == "parts":
+            saves.append(path)
+            if len(saves) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", save_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words, "--output", tmp_path / "parts")
+    run(*words, "--output", tmp_path / "parts", "--resume")
+    whole, parts = (torch.load(tmp_path / n / "model.pt", weights_only=True)["model"] for n in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    with pytest.raises(ValueError, match="is finished"):
+        run(*words, "--output", tmp_path / "parts", "--resume")
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    """The shapes as a folder in COCO's layout."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split, seed in (("train2017", 1), ("val2017", 0)):
+        dataset = Shapes(8, seed, 64)
+        coco = dataset.coco()
+        (root / split).mkdir()
+        for image in coco["images"]:
+            image["file_name"] = f"{image['id']}.png"
+            pixels = dataset[image["id"]][0].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(root / split / image["file_name"])
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+    return root
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
+def test_coco_folder(coco_folder, tmp_path, detector, capsys):
+    """COCO's recipe on a real folder, multi-scale, the teacher by its file; eval.py prints the numbers of training."""
+    common = ("--detector", detector, "--data", coco_folder, "--multi-scale")
+    run(*common, "--output", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.pt"
+    teacher = ("--teacher", "test_resnet", "--teacher-weights", weights)
+    metrics = run(*common, "--method", "l1", *teacher, "--output", tmp_path / "l1", "--set", "adapter=True")
+    assert json.loads((tmp_path / "l1" / "args.json").read_text())["optimizer"] == "sgd"
+    capsys.readouterr()
+    evaluation_script.main(_Arguments(tmp_path / "l1"))
+    again = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert again["AP"] == f"{metrics['AP']:.3f}"
+
+    with pytest.raises(ValueError, match="no weights for the teacher r18.*--method none.*torchvision"):
+        run(*common, "--method", "l1", "--teacher", "r18", "--output", tmp_path / "x")
+    with pytest.raises(ValueError, match="other classes"):
+        run("--method", "l1", *teacher, "--detector", detector, "--output", tmp_path / "y")  # shapes: ids differ
+    with pytest.raises(ValueError, match="detector: student FCOS"):
+        run("--method", "l1", *teacher, "--data", coco_folder, "--output", tmp_path / "z")
+
+
+def test_lists_of_categories_are_compared(coco_folder, tmp_path):
+    file = coco_folder / "annotations" / "instances_val2017.json"
+    coco = json.loads(file.read_text())
+    coco["categories"][0]["name"] = "disc"
+    file.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="different categories"):
+        run("--data", coco_folder, "--output", tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "fsr", "--teacher", "r18"], "unknown method 'fsr': choose frs"),
+        (["--method", "frs"], "needs a teacher"),
+        (["--teacher", "r18"], "without a teacher"),
+        (["--method", "frs", "--teacher", "r18", "--set", "gamma=1"], "one of alpha, beta"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--image-size", "64", "96"], "square"),
+        (["--batch-size", "64"], "fewer than one batch"),
+        (["--train-images", "x"], "all four paths"),
+    ],
+)
+def test_bad_arguments(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run("--output", tmp_path / "x", *words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    run("--output", tmp_path / "x")
+    with pytest.raises(ValueError, match="holds a run"):
+        run("--output", tmp_path / "x")
+    with pytest.raises(ValueError, match="nothing to resume"):
+        run("--output", tmp_path / "y", "--resume")
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite at iteration \d+, images \[.*classification"):
+        run("--output", tmp_path / "x", "--lr", "1e30", "--optimizer", "sgd", "--max-iterations", "20", "--epochs", "9")
+
+
+def test_learning_rate_of_the_coco_recipe():
+    """16 images: 0.01, Faster R-CNN 0.02; the first of 500 warm-up steps; drops at 8 and 11 of 12 epochs."""
+    args = train.parse_args(["--optimizer", "sgd", "--batch-size", "16"])
+    parameter = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer, schedule = train.make_optimizer(args, parameter, iterations=12_000)
+    rates = []
+    for _ in range(12_000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert_close(rates[0], 0.01 / 500)
+    assert_close(rates[499], 0.01)
+    assert_close([rates[7999], rates[8000], rates[10999], rates[11000]], [0.01, 0.001, 0.001, 0.0001])
+    args.detector, args.batch_size = "faster_rcnn", 2
+    assert_close(train.make_optimizer(args, parameter, 10)[0].param_groups[0]["initial_lr"], 0.0025)
+
+
+def test_torchvision_weights_as_teacher(coco_folder, tmp_path, capsys):
+    """A plain state_dict is accepted if every tensor fits; the number of classes is the data's."""
+    run("--data", coco_folder, "--output", tmp_path / "teacher")
+    weights = torch.load(tmp_path / "teacher" / "model.pt", weights_only=True)["model"]
+    save(weights, tmp_path / "plain.pth")
+    assert load_torchvision(tmp_path / "plain.pth", "fcos", "test_resnet", 5, (64, 64))
+    words = ("--teacher", "test_resnet", "--teacher-weights", tmp_path / "plain.pth")
+    run("--method", "l2", *words, "--data", coco_folder, "--output", tmp_path / "l2")
+    assert "Teacher test_resnet from" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="do not fit"):
+        load_torchvision(tmp_path / "plain.pth", "fcos", "r18", 5, (64, 64))
