@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 from kd.checkpoint import load, load_model, load_torchvision, read_run, save, save_model
 from kd.data import DataError, class_names, collate, open_dataset
-from kd.detectors import DETECTORS, STRIDES, build_detector
+from kd.detectors import DETECTORS, FPN_CHANNELS, STRIDES, build_detector, check_detector, timm_name
 from kd.distiller import Distiller, check_pair, check_terms
 from kd.evaluation import draw_samples, evaluate
 from kd.methods import METHODS
 
 # What an argument is when it is not given. The learning rate is per 16 images for SGD, as it stands for AdamW.
-SHAPES_RECIPE = {"epochs": 3, "batch_size": 8, "image_size": [96, 96], "optimizer": "adamw", "eval_interval": 1000}
+SHAPES_RECIPE = {"epochs": 2, "batch_size": 8, "image_size": [64, 64], "optimizer": "adamw", "eval_interval": 1000}
 COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 PATIENCE = 50  # batches after which each distillation loss must have been above zero once
 TEACHER_CHECK = 500  # validation images on which the teacher's AP is measured before training
@@ -143,10 +143,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     method = None
     if teacher is not None:
         check_pair(student, teacher)
-        channels = student.backbone.out_channels, teacher.backbone.out_channels
-        method = METHODS[args.method](args.detector, *channels, STRIDES[args.detector], **hyper_parameters(args)).to(
-            device
-        )
+        method = build_method(args).to(device)
     warmup = min(method.warmup, iterations // 10) if method else 0
     distiller = Distiller(student, teacher, method, warmup).to(device)
     module = DistributedDataParallel(distiller) if world_size > 1 else distiller
@@ -157,12 +154,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     first_epoch = resume(args, distiller, optimizer, schedule) if args.resume else 0
 
     # epochs
-    torch.manual_seed(args.seed + first_epoch)  # again: building a method drew numbers, training data must not differ
     iteration = first_iteration = first_epoch * len(train_loader)
     unproven = []  # distillation losses that have not yet been seen to reach the student
     for epoch in range(first_epoch, math.ceil(iterations / len(train_loader))):
         distiller.train()
         train_sampler.set_epoch(epoch)
+        # Every epoch from its own seed: a resumed run draws what an uninterrupted one does, and a method's adapters
+        # do not change what the student sees.
+        torch.manual_seed(1000 * args.seed + epoch)
+        train_loader.generator.manual_seed(1000 * args.seed + epoch)
         sums, steps, started = {}, 0, time.time()
         progress = tqdm(
             train_loader,
@@ -258,6 +258,12 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError(f"--method {args.method} needs a teacher: add --teacher BACKBONE")
     if args.method == "none" and (args.teacher or args.teacher_weights or args.set):
         raise ValueError("--method none trains without a teacher: leave out --teacher, --teacher-weights and --set")
+    for backbone in filter(None, (args.student, args.teacher)):
+        timm_name(backbone)
+    check_detector(args.detector)
+    if args.method != "none":
+        with torch.device("meta"):  # a wrong hyper-parameter shall not be found after an hour of training a teacher
+            build_method(args)
     for name in ("epochs", "batch_size", "eval_interval", "max_iterations"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more")
@@ -287,11 +293,11 @@ def run_name(args: argparse.Namespace, method: str, student: str) -> str:
     return "-".join([method, args.detector, *teacher, student, *data])
 
 
-def hyper_parameters(args: argparse.Namespace) -> dict:
-    """Read --set NAME=VALUE for the method.
+def build_method(args: argparse.Namespace) -> nn.Module:
+    """Build the method with the hyper-parameters of --set NAME=VALUE.
 
     Raises:
-        ValueError: a name that the method does not have, or text that is not NAME=VALUE.
+        ValueError: a name that the method does not have, text that is not NAME=VALUE, or a detector it does not serve.
     """
     legal = list(inspect.signature(METHODS[args.method]).parameters)[4:]
     values = {}
@@ -303,7 +309,7 @@ def hyper_parameters(args: argparse.Namespace) -> dict:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             values[name] = value
-    return values
+    return METHODS[args.method](args.detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[args.detector], **values)
 
 
 def start_process(args: argparse.Namespace) -> torch.device:
@@ -396,9 +402,9 @@ def start_folder(args: argparse.Namespace, say) -> None:
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int):
     """Return the optimizer and its learning-rate schedule, stepped once an iteration."""
     if args.optimizer == "adamw":
-        lr = args.lr or 5e-4
-        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05)
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations)
+        lr = args.lr or 1e-3
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05, fused=True)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.15)
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     base = 0.02 if args.detector == "faster_rcnn" else 0.01

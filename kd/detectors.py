@@ -28,9 +28,14 @@ SHORT_NAMES = {f"r{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)
 STRIDES = {"fcos": (8, 16, 32, 64, 128), "retinanet": (8, 16, 32, 64, 128), "faster_rcnn": (4, 8, 16, 32, 64)}
 FPN_CHANNELS = 256
 
-# torchvision's anchors suit photographs of 800 pixels, whose objects span 32 to 512. Below this short side they are
-# halved.
+# torchvision's anchors and numbers of proposals suit photographs of 800 pixels; below this short side, anchors are
+# halved and there are fewer proposals.
 SMALL_IMAGE = 400
+SMALL_PROPOSALS = {
+    "rpn_post_nms_top_n_train": 500,  # per image; torchvision: 2000
+    "rpn_post_nms_top_n_test": 200,  # torchvision: 1000
+    "box_batch_size_per_image": 64,  # RoIs trained on; torchvision: 512
+}
 
 
 class Backbone(nn.Module):
@@ -63,6 +68,13 @@ class Backbone(nn.Module):
         """
         maps = self.fpn({str(level): m for level, m in enumerate(self.body_maps(images))})
         return {name: m.to(torch.promote_types(m.dtype, torch.float32)) for name, m in maps.items()}
+
+
+def check_detector(detector: str) -> None:
+    """Raise ValueError unless `detector` is one of DETECTORS; a close match is named."""
+    if detector not in DETECTORS:
+        close = difflib.get_close_matches(detector, DETECTORS, n=1)
+        raise ValueError(f"unknown detector {detector!r}: choose {close[0] if close else ', '.join(DETECTORS)}")
 
 
 def timm_name(backbone: str) -> str:
@@ -201,7 +213,8 @@ def build_detector(
         backbone: a short name (r18, r50, ...) or a timm model name.
         num_classes: K, including the background class 0, as in torchvision.
         image_size: (short side, longest side) in pixels that images are resized to. Below a short side of 400, the
-            anchors of RetinaNet and Faster R-CNN are half of torchvision's: 16 pixels and up.
+            anchors of RetinaNet and Faster R-CNN are half of torchvision's, 16 pixels and up, and Faster R-CNN proposes
+            and trains on fewer RoIs (SMALL_PROPOSALS).
         pretrained: ImageNet weights from timm's model hub.
         pretrained_weights: ImageNet weights from a local timm state_dict.
         from_scratch: trainable norm, see above; by default, true where there are no pretrained weights. Given
@@ -210,9 +223,7 @@ def build_detector(
     Raises:
         ValueError: unknown detector or backbone, weights that cannot be had, impossible sizes.
     """
-    if detector not in DETECTORS:
-        close = difflib.get_close_matches(detector, DETECTORS, n=1)
-        raise ValueError(f"unknown detector {detector!r}: choose {close[0] if close else ', '.join(DETECTORS)}")
+    check_detector(detector)
     min_size, max_size = image_size
     if not 32 <= min_size <= max_size:
         raise ValueError(
@@ -235,7 +246,8 @@ def build_detector(
         "image_mean": list(body_and_fpn.body.pretrained_cfg["mean"]),
         "image_std": list(body_and_fpn.body.pretrained_cfg["std"]),
     }
-    anchor_unit = 16 if min_size < SMALL_IMAGE else 32
+    small = min_size < SMALL_IMAGE
+    anchor_unit = 16 if small else 32
     if detector == "fcos":
         # torchvision's threshold of 0.2 drops detections that COCO's AP counts; 0.05 is RetinaNet's.
         model = FCOS(body_and_fpn, score_thresh=0.05, **arguments)
@@ -249,5 +261,6 @@ def build_detector(
     else:
         sizes = tuple((anchor_unit * 2**level,) for level in range(5))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        model = FasterRCNN(body_and_fpn, rpn_anchor_generator=anchors, **arguments)
+        proposals = SMALL_PROPOSALS if small else {}
+        model = FasterRCNN(body_and_fpn, rpn_anchor_generator=anchors, **proposals, **arguments)
     return model

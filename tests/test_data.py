@@ -105,4 +105,4 @@ def test_shapes_are_the_default():
     dataset = open_dataset(None, None, (64, 64), train=False)
     image, target = dataset[3]
     assert image.shape == (3, 64, 64) and image.min() >= 0 and image.max() <= 1
-    assert dataset.num_classes == 6 and "built-in shapes" in dataset.summary
+    assert dataset.num_classes == 5 and "built-in shapes" in dataset.summary

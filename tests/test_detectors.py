@@ -112,7 +112,7 @@ def test_state_dict_fits_the_plain_torchvision_class(tmp_path, detector, from_sc
     if detector == "faster_rcnn":
         anchors = AnchorGenerator(tuple((16 * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
         backbone = PlainBackbone((1, 2, 3, 4), LastLevelMaxPool(), not from_scratch)
-        plain = FasterRCNN(backbone, 4, rpn_anchor_generator=anchors, **sizes)
+        plain = FasterRCNN(backbone, 4, rpn_anchor_generator=anchors, rpn_post_nms_top_n_test=200, **sizes)
     else:
         backbone = PlainBackbone((2, 3, 4), LastLevelP6P7(256, 256), not from_scratch)
         if detector == "fcos":

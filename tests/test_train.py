@@ -144,10 +144,12 @@ def test_coco_folder(coco_folder, tmp_path, detector, capsys):
 
     with pytest.raises(ValueError, match="no weights for the teacher r18.*--method none.*torchvision"):
         run(*common, "--method", "l1", "--teacher", "r18", "--output", tmp_path / "x")
-    with pytest.raises(ValueError, match="other classes"):
-        run("--method", "l1", *teacher, "--detector", detector, "--output", tmp_path / "y")  # shapes: ids differ
     with pytest.raises(ValueError, match="detector: student FCOS"):
         run("--method", "l1", *teacher, "--data", coco_folder, "--output", tmp_path / "z")
+    for file in (coco_folder / "annotations").iterdir():
+        file.write_text(file.read_text().replace("circle", "disc"))
+    with pytest.raises(ValueError, match=r"other classes than the data, at labels \[1\]"):
+        run(*common, "--method", "l1", *teacher, "--output", tmp_path / "y")
 
 
 def test_lists_of_categories_are_compared(coco_folder, tmp_path):
@@ -166,6 +168,10 @@ def test_lists_of_categories_are_compared(coco_folder, tmp_path):
         (["--method", "frs"], "needs a teacher"),
         (["--teacher", "r18"], "without a teacher"),
         (["--method", "frs", "--teacher", "r18", "--set", "gamma=1"], "one of alpha, beta"),
+        (["--method", "frs", "--teacher", "r18", "--set", "alpha"], "takes NAME=VALUE"),
+        (["--method", "pgd", "--teacher", "r18", "--detector", "faster_rcnn"], "faster_rcnn"),
+        (["--detector", "retina"], "choose retinanet"),
+        (["--method", "l2", "--teacher", "resnet5O"], "did you mean.*resnet50"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--image-size", "64", "96"], "square"),
         (["--batch-size", "64"], "fewer than one batch"),
