@@ -38,7 +38,7 @@ from tqdm import tqdm
 from kd.checkpoint import load, load_model, load_torchvision, read_run, save, save_model
 from kd.data import DataError, class_names, collate, open_dataset
 from kd.detectors import DETECTORS, FPN_CHANNELS, STRIDES, build_detector, check_detector, timm_name
-from kd.distiller import Distiller, check_pair, check_terms
+from kd.distiller import Distiller, check_pair, check_terms, inherit
 from kd.evaluation import draw_samples, evaluate
 from kd.methods import METHODS
 
@@ -60,6 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", help="the teacher's backbone, likewise")
     add("--teacher-weights", help="model.pt of a teacher's run, or a COCO_V1 state_dict of torchvision")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
+    add("--inherit", action="store_true", help="start the student from the teacher's pyramid and heads")
     add("--pretrained", action="store_true", help="start the student's backbone from timm's ImageNet weights")
     add("--pretrained-weights", metavar="FILE", help="the same from a local timm state_dict")
     # data
@@ -124,7 +125,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         teacher, teacher_row, teacher_detections = get_teacher(args, val_set, device, say)
 
     # student
-    start_folder(args, say)
+    if rank == 0:
+        start_folder(args)
     torch.manual_seed(args.seed)
     student = build_detector(
         args.detector,
@@ -137,12 +139,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.multi_scale:
         student.transform.min_size = tuple(round(args.image_size[0] * (0.8 + 0.04 * step)) for step in range(6))
 
+    if teacher is not None:
+        check_pair(student, teacher)
+    if args.inherit:
+        inherit(student, teacher)
+
     # distiller
     iterations = args.epochs * len(train_loader)
     iterations = min(iterations, args.max_iterations or iterations)
     method = None
     if teacher is not None:
-        check_pair(student, teacher)
         method = build_method(args).to(device)
     warmup = min(method.warmup, iterations // 10) if method else 0
     distiller = Distiller(student, teacher, method, warmup).to(device)
@@ -211,7 +217,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         # evaluation
         last = iteration == iterations
         if last or (epoch + 1) % args.eval_interval == 0:
-            metrics, detections = evaluate(student, eval_loader(val_set, args, world_size, rank), device, args.student)
+            metrics, detections = evaluate(student, eval_loader(val_set, args), device, args.student)
             line.update(metrics)
             say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
@@ -240,6 +246,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         rows = [detections] if teacher is None else [teacher_detections, detections]
         save_image(draw_samples(val_set, rows), output / "samples.png")
         print_table(args, teacher_row, student, metrics, iteration)
+    if world_size > 1:
+        distributed.barrier()  # the files are there before another process looks for them
     return metrics
 
 
@@ -256,8 +264,8 @@ def settle(args: argparse.Namespace) -> None:
         )
     if args.method != "none" and not args.teacher:
         raise ValueError(f"--method {args.method} needs a teacher: add --teacher BACKBONE")
-    if args.method == "none" and (args.teacher or args.teacher_weights or args.set):
-        raise ValueError("--method none trains without a teacher: leave out --teacher, --teacher-weights and --set")
+    if args.method == "none" and (args.teacher or args.teacher_weights or args.set or args.inherit):
+        raise ValueError("--method none has no teacher: leave out --teacher, --teacher-weights, --set and --inherit")
     for backbone in filter(None, (args.student, args.teacher)):
         timm_name(backbone)
     check_detector(args.detector)
@@ -323,8 +331,9 @@ def start_process(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def eval_loader(dataset: Dataset, args: argparse.Namespace, world_size: int = 1, rank: int = 0) -> DataLoader:
+def eval_loader(dataset: Dataset, args: argparse.Namespace) -> DataLoader:
     """Return a loader of this process's share of a validation set."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     sampler = DistributedSampler(dataset, world_size, rank, shuffle=False)
     return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, collate_fn=collate)
 
@@ -350,7 +359,14 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
         path = folder / "model.pt"
         if not path.exists():
             say(f"No teacher yet: training {args.teacher} first; it is kept in {folder} for the next run.")
-            changes = {"method": "none", "student": args.teacher, "teacher": None, "set": [], "output": str(folder)}
+            changes = {
+                "method": "none",
+                "student": args.teacher,
+                "teacher": None,
+                "set": [],
+                "inherit": False,
+                "output": str(folder),
+            }
             changes["resume"] = (folder / "checkpoint.pt").exists()
             main(argparse.Namespace(**{**vars(args), **changes}))
 
@@ -373,7 +389,7 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
     return teacher, {"name": f"teacher {args.teacher}", **metrics, "parameters": count_parameters(teacher)}, detections
 
 
-def start_folder(args: argparse.Namespace, say) -> None:
+def start_folder(args: argparse.Namespace) -> None:
     """Create the run's folder and write args.json.
 
     Raises:
@@ -384,10 +400,11 @@ def start_folder(args: argparse.Namespace, say) -> None:
         raise ValueError(f"nothing to resume: {output / 'checkpoint.pt'} does not exist")
     if args.resume and (output / "model.pt").exists():
         raise ValueError(f"nothing to resume: the run in {output} is finished")
-    if not args.resume and (output / "args.json").exists() and "RANK" not in os.environ:
+    if not args.resume and (output / "args.json").exists():
         raise ValueError(f"{output} holds a run: continue it with --resume, choose another --output, or delete it")
     output.mkdir(parents=True, exist_ok=True)
-    revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(command, capture_output=True, text=True, check=False)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -396,7 +413,7 @@ def start_folder(args: argparse.Namespace, say) -> None:
         "revision": revision.stdout.strip() or None,
     }
     (output / "args.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=1))
-    say(f"{output}: {', '.join(f'{name} {value}' for name, value in versions.items())}")
+    print(f"{output}: {', '.join(f'{name} {value}' for name, value in versions.items())}")
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int):

@@ -97,6 +97,23 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         raise ValueError("teacher and student do not fit. " + "; ".join(differences))
 
 
+def inherit(student: nn.Module, teacher: nn.Module) -> None:
+    """Start the student from the teacher's pyramid and heads: everything but the body of its backbone.
+
+    PGD, FGD and others report results of students that start so.
+
+    Raises:
+        ValueError: a tensor has another shape or is missing; the first of them is named.
+    """
+    theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.body.")}
+    ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
+    for name in sorted(theirs.keys() | ours.keys()):
+        shapes = [tuple(held[name].shape) if name in held else "none" for held in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the student cannot inherit {name}: its shape is {shapes[0]}, the teacher's {shapes[1]}")
+    student.load_state_dict(theirs, strict=False)  # strict but for the body, which the loop above made sure of
+
+
 def anchor_generator(detector: nn.Module) -> nn.Module:
     """Return a detector's anchor generator, the RPN's for Faster R-CNN."""
     return detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator

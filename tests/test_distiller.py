@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from kd.detectors import build_detector
-from kd.distiller import Distiller, check_pair, check_terms
+from kd.distiller import Distiller, check_pair, check_terms, inherit
 from kd.methods import METHODS
 
 SIZE = (64, 96)
@@ -105,3 +105,17 @@ def test_a_silent_term_is_an_error(batch):
     adapter_only = distiller.method.adapters[0].weight.square().sum()
     with pytest.raises(RuntimeError, match="sends no gradient to any parameter of the student"):
         check_terms({"loss_frs_fpn": adapter_only}, terms[:1], distiller.student)
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+def test_inherit(detector):
+    """Pyramid and heads become the teacher's, the body stays; laterals of other channels are refused."""
+    student, teacher = (build_detector(detector, "test_resnet", 3, image_size=SIZE) for _ in range(2))
+    before = copy.deepcopy(student.state_dict())
+    inherit(student, teacher)
+    for name, value in student.state_dict().items():
+        expected = before if name.startswith("backbone.body.") else teacher.state_dict()
+        assert torch.equal(value, expected[name]), name
+    other = build_detector(detector, "mobilenetv3_small_100", 3, image_size=SIZE)
+    with pytest.raises(ValueError, match="cannot inherit backbone.fpn.inner_blocks.0.0.weight"):
+        inherit(other, teacher)

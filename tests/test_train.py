@@ -166,7 +166,7 @@ def test_lists_of_categories_are_compared(coco_folder, tmp_path):
     [
         (["--method", "fsr", "--teacher", "r18"], "unknown method 'fsr': choose frs"),
         (["--method", "frs"], "needs a teacher"),
-        (["--teacher", "r18"], "without a teacher"),
+        (["--teacher", "r18"], "has no teacher"),
         (["--method", "frs", "--teacher", "r18", "--set", "gamma=1"], "one of alpha, beta"),
         (["--method", "frs", "--teacher", "r18", "--set", "alpha"], "takes NAME=VALUE"),
         (["--method", "pgd", "--teacher", "r18", "--detector", "faster_rcnn"], "faster_rcnn"),
