@@ -80,7 +80,7 @@ def test_works_in_an_empty_folder(file, tmp_path):
 def networks():
     """Student and teacher per detector, built once and copied."""
     torch.manual_seed(0)
-    built = {d: [build_detector(d, "test_resnet", 3, image_size=(64, 96)) for _ in range(2)] for d in DETECTORS}
+    built = {d: [build_detector(d, "test_resnet", 3, image_size=(32, 48)) for _ in range(2)] for d in DETECTORS}
     return lambda detector: copy.deepcopy(built[detector])
 
 
@@ -95,9 +95,9 @@ def test_one_training_step(networks, name, detector, amp):
             METHODS[name](detector, 256, 256, STRIDES[detector])
         return
     distiller = Distiller(student, teacher, METHODS[name](detector, 256, 256, STRIDES[detector])).train()
-    images = [torch.rand(3, 64, 80), torch.rand(3, 64, 64)]
+    images = [torch.rand(3, 32, 40), torch.rand(3, 32, 32)]
     targets = [
-        {"boxes": torch.tensor([[8.0, 8.0, 40.0, 50.0], [20.0, 4.0, 70.0, 30.0]]), "labels": torch.tensor([1, 2])},
+        {"boxes": torch.tensor([[4.0, 4.0, 20.0, 25.0], [10.0, 2.0, 35.0, 15.0]]), "labels": torch.tensor([1, 2])},
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
     ]
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -110,8 +110,4 @@ def test_one_training_step(networks, name, detector, amp):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in distiller.parameters())
     assert all(p.grad is None for p in teacher.parameters())
     # What is exported is torchvision's student: nothing of the method is in it.
-    assert student.state_dict().keys() == build_names(networks, detector)
-
-
-def build_names(networks, detector):
-    return networks(detector)[0].state_dict().keys()
+    assert student.state_dict().keys() == networks(detector)[0].state_dict().keys()
