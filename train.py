@@ -119,14 +119,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             f"{len(train_set)} training images are fewer than one batch ({world_size} x {args.batch_size})"
         )
 
+    if rank == 0:
+        start_folder(args)
+
     # teacher
     teacher = teacher_row = None
     if args.method != "none":
         teacher, teacher_row, teacher_detections = get_teacher(args, val_set, device, say)
 
     # student
-    if rank == 0:
-        start_folder(args)
     torch.manual_seed(args.seed)
     student = build_detector(
         args.detector,
@@ -377,8 +378,9 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
         if theirs != ours:
             differing = sorted(label for label in theirs.keys() | ours.keys() if theirs.get(label) != ours.get(label))
             raise ValueError(f"the teacher {path} knows other classes than the data, at labels {differing[:10]}")
-        if content["arguments"]["backbone"] != args.teacher:
-            raise ValueError(f"{path} holds a {content['arguments']['backbone']}, but --teacher says {args.teacher}")
+        backbone = content["arguments"]["backbone"]
+        if timm_name(backbone) != timm_name(args.teacher):
+            raise ValueError(f"{path} holds a {backbone}, but --teacher says {args.teacher}")
     else:
         teacher = load_torchvision(path, args.detector, args.teacher, val_set.num_classes, args.image_size)
 
@@ -400,9 +402,11 @@ def start_folder(args: argparse.Namespace) -> None:
         raise ValueError(f"nothing to resume: {output / 'checkpoint.pt'} does not exist")
     if args.resume and (output / "model.pt").exists():
         raise ValueError(f"nothing to resume: the run in {output} is finished")
-    if not args.resume and (output / "args.json").exists():
+    if not args.resume and (output / "checkpoint.pt").exists():
         raise ValueError(f"{output} holds a run: continue it with --resume, choose another --output, or delete it")
     output.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        (output / "log.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(command, capture_output=True, text=True, check=False)
     versions = {
