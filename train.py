@@ -464,10 +464,11 @@ def print_table(
         if plain:
             rows.insert(0, {"name": f"plain {args.student}", **plain, "parameters": rows[0]["parameters"]})
         rows.insert(0, teacher_row)
-    print(f"\n{args.detector}, {iteration} iterations\n\n{'':24}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")
+    width = max(len(row["name"]) for row in rows)
+    print(f"\n{args.detector}, {iteration} iterations\n\n{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")
     for row in rows:
         numbers = "".join(f"{row[key]:8.3f}" for key in ("AP", "AP50", "AP75"))
-        print(f"{row['name']:24}{numbers}{row['parameters'] / 1e6:12.1f} M")
+        print(f"{row['name']:{width}}{numbers}{row['parameters'] / 1e6:12.1f} M")
 
 
 if __name__ == "__main__":
