@@ -1,8 +1,8 @@
 """The built-in data set: drawn shapes, no download, the same picture for the same seed and index on every machine.
 
-Six classes that only their outline tells apart (colour and texture are drawn independently), one to seven objects of 10
-pixels to two thirds of the image that may overlap, on a textured background with distractors and noise. Easy enough
-that a detector learns it from scratch in minutes, hard enough that it matters which detector.
+Four classes that their outline tells apart, and their hue most of the time; one to four objects, three to seven
+tenths of the image wide, that may overlap; a dull textured background, lines as distractors, noise. A detector learns
+it from scratch in minutes.
 """
 
 import colorsys
