@@ -42,7 +42,7 @@ from kd.distiller import Distiller, check_pair, check_terms, inherit
 from kd.evaluation import draw_samples, evaluate
 from kd.methods import METHODS
 
-# What an argument is when it is not given. The learning rate is per 16 images for SGD, as it stands for AdamW.
+# What an argument is when it is not given; learning rates are in make_optimizer.
 SHAPES_RECIPE = {"epochs": 2, "batch_size": 8, "image_size": [64, 64], "optimizer": "adamw", "eval_interval": 1000}
 COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 PATIENCE = 50  # batches after which each distillation loss must have been above zero once

@@ -204,7 +204,7 @@ def build_detector(
 
     Starting from pretrained weights, the backbone's batch norm and its layers up to stride 4 are frozen and the heads
     are torchvision's plain ones. From scratch, batch norm is trained and RetinaNet's towers get the group norm of
-    torchvision's retinanet_resnet50_fpn_v2: without it they hardly learn in the first few hundred iterations.
+    torchvision's retinanet_resnet50_fpn_v2.
 
     FCOS's last regression bias starts at 2 strides instead of 0: the outputs pass a ReLU, which at 0 can die for good.
 
