@@ -70,6 +70,20 @@ class Backbone(nn.Module):
         return {name: m.to(torch.promote_types(m.dtype, torch.float32)) for name, m in maps.items()}
 
 
+class CoarseLevels(LastLevelP6P7):
+    """torchvision's P6 and P7, computed in float32 also under autocast.
+
+    These maps are the smallest, so it costs nothing. On CPUs with avx512_bf16, oneDNN (3.13) fills the weight gradient
+    of a bfloat16 convolution with stride 2 from memory that it never wrote where the map is one position wide, as P6
+    of a 64-pixel image is.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Append P6 and P7 to the maps `p` and their names; `c` are the body's maps."""
+        with torch.autocast(p[-1].device.type, enabled=False):
+            return super().forward([m.to(torch.promote_types(m.dtype, torch.float32)) for m in p], c, names)
+
+
 def check_detector(detector: str) -> None:
     """Raise ValueError unless `detector` is one of DETECTORS; a close match is named."""
     if detector not in DETECTORS:
@@ -146,7 +160,7 @@ def build_backbone(
     if pretrained_weights is not None:
         _check_all_loaded(body, pretrained_weights, name)
 
-    extra_blocks = LastLevelMaxPool() if detector == "faster_rcnn" else LastLevelP6P7(FPN_CHANNELS, FPN_CHANNELS)
+    extra_blocks = LastLevelMaxPool() if detector == "faster_rcnn" else CoarseLevels(FPN_CHANNELS, FPN_CHANNELS)
     result = Backbone(body, body_strides, extra_blocks)
     _check_maps(result, name)
     return result
