@@ -57,7 +57,7 @@ class DetectorOutput:
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         N, A, _, H, W = deltas.shape
-        deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32)).permute(0, 3, 4, 1, 2).reshape(-1, 4)
+        deltas = deltas.permute(0, 3, 4, 1, 2).reshape(-1, 4)
         anchors = anchors.permute(2, 3, 0, 1).reshape(1, -1, 4).expand(N, -1, 4).reshape(-1, 4)
         # RetinaNet's and the RPN's coder has decode_single for one flat set of boxes, FCOS's has only decode.
         decode = getattr(self.box_coder, "decode_single", self.box_coder.decode)
@@ -104,14 +104,13 @@ def _dense(
 
     if targets is not None or needs & CLASSIFICATION:
         output.cls_tower = [_tower(classify.conv, feature) for feature in output.fpn]
-        output.cls_logits = [
-            _per_anchor(classify.cls_logits(blocks[-1]), classify.num_classes) for blocks in output.cls_tower
-        ]
+        logits = [_lift(classify.cls_logits(blocks[-1])) for blocks in output.cls_tower]
+        output.cls_logits = [_per_anchor(level, classify.num_classes) for level in logits]
         head_outputs["cls_logits"] = _flatten(output.cls_logits)
 
     if targets is not None or needs & REGRESSION:
         output.reg_tower = [_tower(regress.conv, feature) for feature in output.fpn]
-        deltas = [regress.bbox_reg(blocks[-1]) for blocks in output.reg_tower]
+        deltas = [_lift(regress.bbox_reg(blocks[-1])) for blocks in output.reg_tower]
         if isinstance(detector, FCOS):
             deltas = [nn.functional.relu(level) for level in deltas]
         output.bbox_regression = [_per_anchor(level, 4) for level in deltas]
@@ -124,9 +123,8 @@ def _dense(
         return {}
     if isinstance(detector, RetinaNet):
         return detector.compute_loss(targets, head_outputs, all_anchors)
-    head_outputs["bbox_ctrness"] = _flatten(
-        [_per_anchor(regress.bbox_ctrness(blocks[-1]), 1) for blocks in output.reg_tower]
-    )
+    centerness = [_lift(regress.bbox_ctrness(blocks[-1])) for blocks in output.reg_tower]
+    head_outputs["bbox_ctrness"] = _flatten([_per_anchor(level, 1) for level in centerness])
     return detector.compute_loss(targets, head_outputs, all_anchors, [f.shape[2] * f.shape[3] for f in output.fpn])
 
 
@@ -143,8 +141,8 @@ def _faster_rcnn(
         return {}
     rpn = detector.rpn
     output.cls_tower = output.reg_tower = [_tower(rpn.head.conv, feature) for feature in output.fpn]
-    objectness = [rpn.head.cls_logits(blocks[-1]) for blocks in output.cls_tower]
-    deltas = [rpn.head.bbox_pred(blocks[-1]) for blocks in output.reg_tower]
+    objectness = [_lift(rpn.head.cls_logits(blocks[-1])) for blocks in output.cls_tower]
+    deltas = [_lift(rpn.head.bbox_pred(blocks[-1])) for blocks in output.reg_tower]
     anchors = rpn.anchor_generator(images, output.fpn)
     output.cls_logits = [_per_anchor(level, 1) for level in objectness]
     output.bbox_regression = [_per_anchor(level, 4) for level in deltas]
@@ -173,6 +171,16 @@ def _tower(conv: nn.Sequential, feature: Tensor) -> list[Tensor]:
         if not isinstance(block, nn.Conv2d | nn.GroupNorm):  # FCOS lists convolution, norm and ReLU one by one
             outputs.append(feature)
     return outputs
+
+
+def _lift(x: Tensor) -> Tensor:
+    """Turn what a head returns under autocast to float32.
+
+    torchvision's box coders round anchors to the type of the predictions: in bfloat16, boxes near pixel 1000 come in
+    steps of 4 pixels, and the RPN passes its type on to the ground truth, where a box narrower than a step becomes
+    empty and its regression target nan.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _per_anchor(maps: Tensor, values: int) -> Tensor:

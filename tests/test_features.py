@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
 from kd.detectors import DETECTORS, STRIDES, build_detector
 from kd.features import forward_detector
@@ -21,20 +22,48 @@ def batch():
     return images, targets
 
 
-@pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_losses_equal_torchvision(batch, detector, amp):
+def test_losses_equal_torchvision(batch, detector):
     images, targets = batch
     model = build_detector(detector, "test_resnet", 4, image_size=(48, 64))
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        torch.manual_seed(1)  # the samplers of Faster R-CNN draw
-        expected = model(images, targets)
-        torch.manual_seed(1)
-        _, losses = forward_detector(model, *model.transform(images, targets))
+    torch.manual_seed(1)  # the samplers of Faster R-CNN draw
+    expected = model(images, targets)
+    torch.manual_seed(1)
+    _, losses = forward_detector(model, *model.transform(images, targets))
     assert list(losses) == list(expected)
     for name, loss in expected.items():
         assert torch.equal(losses[name], loss), name
         assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_autocast_ends_with_the_head(batch, detector, monkeypatch):
+    """Under autocast the losses are torchvision's for a head that returns float32; the towers compute in bfloat16."""
+    images, targets = batch
+    model = build_detector(detector, "test_resnet", 4, image_size=(48, 64))
+    head = model.rpn.head if detector == "faster_rcnn" else model.head
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda features: tree_map(torch.Tensor.float, forward(features)))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        expected = model(images, targets)
+        torch.manual_seed(1)
+        output, losses = forward_detector(model, *model.transform(images, targets))
+    for name, loss in expected.items():
+        assert torch.equal(losses[name], loss), name
+    assert output.cls_tower[0][0].dtype == torch.bfloat16
+    for levels in (output.fpn, output.cls_logits, output.bbox_regression, output.anchors, output.boxes):
+        assert all(level.dtype == torch.float32 for level in levels)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_thin_boxes_under_autocast(detector):
+    """A box of 0.2 pixels at pixel 600, where bfloat16 has steps of 4, has a regression target."""
+    model = build_detector(detector, "test_resnet", 4, image_size=(640, 640))
+    target = {"boxes": torch.tensor([[600.3, 600.3, 600.5, 630.0]]), "labels": torch.tensor([1])}
+    with torch.autocast("cpu", torch.bfloat16):
+        _, losses = forward_detector(model, *model.transform([torch.rand(3, 640, 640)], [target]))
+    assert all(torch.isfinite(loss) for loss in losses.values()), losses
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
