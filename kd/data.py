@@ -1,38 +1,31 @@
-"""Data sets by their arguments; COCO-format folders: reading, checking, augmenting, batching.
+"""Data sets by their arguments; COCO-format folders: their labels, boxes and batches.
 
 Every data set here yields (image, target): image [3, h, w] in 0..1; target with boxes (FloatTensor[M, 4]) in [x1, y1,
 x2, y2] pixels, 0 <= x1 < x2 <= w and 0 <= y1 < y2 <= h, labels (Int64Tensor[M]) in 1..K-1, and image_id (int).
 """
 
-import json
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection.faster_rcnn import FasterRCNN_ResNet50_FPN_Weights
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
+from kd.coco import DataError, read_coco, refuse
+from kd.images import find_bad_images, read_image
 from kd.shapes import Shapes
+from kd.transforms import apply_seeded, augmentation
 
 # torchvision's names of labels 0..90; "N/A" fills the gaps of COCO's own ids.
 COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 
-
 SHAPES_TRAIN, SHAPES_VAL = 1600, 200  # pictures of the built-in data set
 
-
-class DataError(ValueError):
-    """A data set that cannot be trained or evaluated on; the message says what is wrong, where, and what to do."""
-
-
-def augmentation(train: bool) -> v2.Compose:
-    """Return the transforms of (image, target): a horizontal flip when training, then floats in 0..1."""
-    flip = [v2.RandomHorizontalFlip()] if train else []
-    return v2.Compose(
-        [*flip, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
-    )
+# The smallest part of the image's side that a box may have. float32 tells 1.2e-7 of it apart: below a few times that, a
+# flip or a resize can round both edges of a box to the same number, which torchvision's detectors refuse.
+THINNEST = 1e-6
 
 
 def collate(batch: list[tuple]) -> tuple[list, list]:
@@ -41,15 +34,31 @@ def collate(batch: list[tuple]) -> tuple[list, list]:
     return list(images), list(targets)
 
 
-def open_dataset(images: str | None, annotations: str | None, image_size: tuple[int, int], train: bool) -> Dataset:
+def open_dataset(
+    images: str | None,
+    annotations: str | None,
+    image_size: tuple[int, int],
+    train: bool,
+    seed: int = 0,
+    skip_bad_images: bool = False,
+) -> Dataset:
     """Open the training or the validation set: a COCO-format folder, or the built-in shapes without annotations.
 
-    Both offer categories (COCO category of each label), num_classes (K), summary (a line of text) and coco().
+    Both offer categories (COCO category of each label), num_classes (K), summary (a line of text), coco(), and epoch:
+    whoever trains sets it before the loader's processes start, and with seed it determines how images are augmented.
+
+    Args:
+        images: folder of the image files.
+        annotations: JSON file; None for the shapes.
+        image_size: its first number is the side of the built-in pictures.
+        train: whether it is the training set, which is augmented.
+        seed: of the augmentation's random numbers.
+        skip_bad_images: leave images out that cannot be used, instead of an error.
     """
     if annotations:
-        return CocoFolder(images, annotations, augmentation(train))
-    count, seed = (SHAPES_TRAIN, 1) if train else (SHAPES_VAL, 0)
-    return Shapes(count, seed, image_size[0], augmentation(train))
+        return CocoFolder(images, annotations, augmentation(train), seed, skip_bad_images)
+    count, picture_seed = (SHAPES_TRAIN, 1) if train else (SHAPES_VAL, 0)
+    return Shapes(count, picture_seed, image_size[0], augmentation(train), seed)
 
 
 def class_names(categories: dict[int, dict]) -> dict[int, str]:
@@ -72,115 +81,117 @@ def label_categories(categories: list[dict]) -> dict[int, dict]:
 class CocoFolder(Dataset):
     """Images of a folder with boxes from a COCO instances file.
 
-    What is done with imperfect annotations: boxes are clipped to the image; boxes without area left and crowd regions
-    are kept out of training; images without boxes stay as negatives. Evaluation sees the file as it is.
+    What is done with imperfect ones:
+
+    - An image that is missing, is none, is truncated, or has another size than annotated: an error, or left out with
+      skip_bad_images. A JPEG or PNG that ends as it should is not decoded for this, others are; what is damaged inside
+      and still fails during training is an error then, with the file's name.
+    - A picture with an EXIF orientation is turned by it, unless only its size as stored agrees with the annotations.
+    - Gray, palette and CMYK pictures become RGB, transparency is dropped, 16-bit gray is scaled to 8 bits; pictures of
+      floating-point numbers, whose range nobody knows, are bad images.
+    - An image without boxes stays as a negative; a data set without any box is an error.
+    - A box is clipped to its image; one with no area left there, or with a negative width or height, is left out of
+      training and evaluation. Evaluation takes the others as they are written, as other tools do.
+    - A crowd region is left out of training; in evaluation what is detected there is neither right nor wrong.
+    - A box that is not four finite numbers, an id that is not an integer or is given twice, an annotation of an unknown
+      image or category: an error. Ids may have gaps, and may be 0 or negative.
+    - An area that is absent or negative is the box's; an absent iscrowd is 0.
+    - Two categories with the same name are two classes: ids tell them apart, as in pycocotools.
+    - A file_name may lie in subfolders, or be an absolute path.
 
     Args:
         images: folder of the image files.
         annotations: JSON file with "images", "annotations" and "categories".
         transforms: called on (image, target).
+        seed: of the transforms' random numbers.
+        skip_bad_images: leave images out that cannot be used, instead of an error.
 
     Attributes:
         categories: COCO category of each label.
         num_classes: K, the largest label plus one.
-        summary: one line that says what was read.
+        summary: one line that says what was read, and what was left out.
+        epoch: counted from 0; the transforms' random numbers depend on seed, epoch and index alone.
 
     Raises:
-        DataError: files that are missing or not COCO; nothing in them; images that are not there (up to 20 are named).
+        DataError: see above; it names the file, and up to 20 of what is wrong.
     """
 
-    def __init__(self, images: str | Path, annotations: str | Path, transforms=None):
-        self.folder, self.file, self.transforms = Path(images), Path(annotations), transforms
-        self._coco = read_coco(self.file)
-        self.categories = label_categories(self._coco["categories"])
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        transforms=None,
+        seed: int = 0,
+        skip_bad_images: bool = False,
+    ):
+        self.folder, self.transforms, self.seed, self.epoch = Path(images), transforms, seed, 0
+        coco = read_coco(Path(annotations))
+        self.categories = label_categories(coco["categories"])
         self.num_classes = max(self.categories) + 1
-        self.images = sorted(self._coco["images"], key=lambda image: image["id"])
-        missing = [i["file_name"] for i in self.images if not (self.folder / i["file_name"]).is_file()]
-        if missing:
-            named = ", ".join(missing[:20])
-            raise DataError(f"{len(missing)} images of {self.file} are not in {self.folder}: {named}")
+        bad = find_bad_images(self.folder, coco["images"])
+        if not skip_bad_images:
+            advice = "Repair them, correct the annotations, or leave them out: --skip-bad-images."
+            refuse(f"{annotations}: images in {self.folder} that cannot be used", list(bad.values()), advice)
+        self.images = sorted((i for i in coco["images"] if i["id"] not in bad), key=lambda image: image["id"])
+        listed = [a for a in coco["annotations"] if a["image_id"] not in bad]
 
+        # Arrays, not objects: a data loading process gets its own copy of every Python object that it looks at.
         label_of = {category["id"]: label for label, category in self.categories.items()}
-        size_of = {image["id"]: (image["width"], image["height"]) for image in self.images}
-        boxes = {image["id"]: [] for image in self.images}
-        labels = {image["id"]: [] for image in self.images}
-        crowds = empty = 0
-        for annotation in self._coco["annotations"]:
-            image_id = annotation["image_id"]
-            if annotation.get("iscrowd"):
-                crowds += 1
-                continue
-            width, height = size_of[image_id]
-            x, y, w, h = annotation["bbox"]
-            x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-            if not (x2 > x1 and y2 > y1):
-                empty += 1
-                continue
-            boxes[image_id].append((x1, y1, x2, y2))
-            labels[image_id].append(label_of[annotation["category_id"]])
-        self.boxes = [torch.tensor(boxes[i["id"]], dtype=torch.float32).reshape(-1, 4) for i in self.images]
-        self.labels = [torch.tensor(labels[i["id"]], dtype=torch.int64) for i in self.images]
+        row_of = {image["id"]: row for row, image in enumerate(self.images)}
+        row = np.array([row_of[a["image_id"]] for a in listed], dtype=np.int64)
+        label = np.array([label_of[a["category_id"]] for a in listed], dtype=np.int64)
+        xywh = np.array([a["bbox"] for a in listed], dtype=np.float64).reshape(-1, 4)
+        area = np.array([a["area"] for a in listed], dtype=np.float64)
+        crowd = np.array([a["iscrowd"] for a in listed], dtype=bool)
 
-        kept = sum(map(len, self.labels))
-        without = sum(len(image_labels) == 0 for image_labels in self.labels)
+        size = np.array([(i["width"], i["height"]) for i in self.images], dtype=np.float64).reshape(-1, 2)[row]
+        low, high = np.clip(xywh[:, :2], 0, size), np.clip(xywh[:, :2] + xywh[:, 2:], 0, size)
+        visible = (high - low > THINNEST * size).all(axis=1)
+        self._columns = [column[visible] for column in (row, label, xywh, area, crowd)]
+
+        trained = np.flatnonzero(visible & ~crowd)
+        trained = trained[np.argsort(row[trained], kind="stable")]
+        starts = np.searchsorted(row[trained], np.arange(1, len(self.images)))
+        self.boxes = np.split(np.hstack([low, high])[trained].astype(np.float32), starts)
+        self.labels = np.split(label[trained], starts)
+
+        without = len(self.images) - len(np.unique(row[trained]))
         self.summary = (
-            f"{self.file.name}: {len(self.images)} images ({without} without boxes), {kept} boxes of "
-            f"{len(self.categories)} categories, {crowds} crowd regions and {empty} boxes without area left out"
+            f"{Path(annotations).name}: {len(self.images)} images ({without} without boxes), {len(trained)} boxes of "
+            f"{len(self.categories)} categories; left out: {(visible & crowd).sum()} crowd regions, "
+            f"{(~visible).sum()} boxes without area, {len(bad)} bad images"
         )
+        if len(trained) == 0:
+            raise DataError(f"{annotations} leaves no box to train or evaluate on. See what it holds: {self.summary}")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
         """Return (image [3, h, w] uint8 before transforms, target)."""
-        with Image.open(self.folder / self.images[index]["file_name"]) as file:
-            image = tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))
+        entry = self.images[index]
+        image = read_image(self.folder / entry["file_name"], (entry["width"], entry["height"]))
+        image = tv_tensors.Image(functional.pil_to_tensor(image))
+        boxes = torch.tensor(self.boxes[index])
         target = {
-            "boxes": tv_tensors.BoundingBoxes(self.boxes[index], format="XYXY", canvas_size=image.shape[-2:]),
-            "labels": self.labels[index],
-            "image_id": self.images[index]["id"],
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:]),
+            "labels": torch.tensor(self.labels[index]),
+            "image_id": entry["id"],
         }
-        return self.transforms(image, target) if self.transforms else (image, target)
+        return apply_seeded(self.transforms, image, target, self.seed, self.epoch, index)
 
     def coco(self) -> dict:
-        """Return the annotations as read from the file, for evaluation."""
-        return self._coco
-
-
-def read_coco(file: Path) -> dict:
-    """Read a COCO instances file and check its structure.
-
-    Raises:
-        DataError: not there, not JSON, not COCO, without images, or naming images and categories that it does not list.
-    """
-    try:
-        coco = json.loads(file.read_text())
-    except OSError as error:
-        raise DataError(f"the annotations {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    if not isinstance(coco, dict) or not all(
-        isinstance(coco.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise DataError(f'{file} is not a COCO instances file: it needs lists "images", "annotations" and "categories"')
-    if not coco["images"] or not coco["categories"]:
-        raise DataError(f"{file} lists {len(coco['images'])} images and {len(coco['categories'])} categories")
-    for key, fields in {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }.items():
-        for position, entry in enumerate(coco[key]):
-            absent = [field for field in fields if not isinstance(entry, dict) or field not in entry]
-            if absent:
-                raise DataError(f"{file}: entry {position} of {key} has no {', '.join(absent)}")
-    for key, known in (("image_id", coco["images"]), ("category_id", coco["categories"])):
-        ids = {entry["id"] for entry in known}
-        unknown = [a["id"] for a in coco["annotations"] if a[key] not in ids]
-        if unknown:
-            raise DataError(f"{file}: {len(unknown)} annotations name an unknown {key}, first annotation {unknown[0]}")
-    for annotation in coco["annotations"]:
-        # pycocotools reads both; not every labelling tool writes them.
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        annotation.setdefault("iscrowd", 0)
-    return coco
+        """Return the annotations in COCO's format, for evaluation; made anew, for pycocotools writes into them."""
+        annotations = [
+            {
+                "id": number,
+                "image_id": self.images[row]["id"],
+                "category_id": self.categories[label]["id"],
+                "bbox": xywh,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            # Ids from 1, whatever they were: pycocotools notes the id of what a detection matches, and 0 for nothing.
+            for number, (row, label, xywh, area, crowd) in enumerate(zip(*map(np.ndarray.tolist, self._columns)), 1)
+        ]
+        return {"images": self.images, "annotations": annotations, "categories": list(self.categories.values())}

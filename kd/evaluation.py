@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
+
+from kd.processes import gather, rank
 
 METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 
@@ -27,7 +29,7 @@ def detect(detector: nn.Module, loader: DataLoader, device: torch.device, name: 
     """
     detector.eval()
     detections = {}
-    for images, targets in tqdm(loader, desc=f"evaluating {name}", leave=False, dynamic_ncols=True):
+    for images, targets in tqdm(loader, f"evaluating {name}", leave=False, disable=rank() > 0, dynamic_ncols=True):
         outputs = detector([image.to(device) for image in images])
         for target, output in zip(targets, outputs):
             detections[target["image_id"]] = {key: value.cpu() for key, value in output.items()}
@@ -78,10 +80,7 @@ def evaluate(
         name: shown on the progress bar.
     """
     detections = detect(detector, loader, device, name)
-    if distributed.is_initialized():
-        shares = [None] * distributed.get_world_size()
-        distributed.all_gather_object(shares, detections)
-        detections = {image_id: found for share in shares for image_id, found in share.items()}
+    detections = {image_id: found for share in gather(detections) for image_id, found in share.items()}
     dataset = getattr(loader.dataset, "dataset", loader.dataset)  # a Subset holds its whole
     return coco_metrics(detections, dataset.coco(), dataset.categories), detections
 

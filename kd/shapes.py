@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from kd.transforms import apply_seeded
+
 CLASSES = ("circle", "square", "triangle", "cross")
 
 
@@ -95,22 +97,29 @@ class Shapes(Dataset):
 
     Args:
         num_images: number of pictures.
-        seed: pictures of different seeds are different pictures.
+        picture_seed: pictures of different seeds are different pictures.
         image_size: side of the square pictures, in pixels.
         transforms: called on (image, target), as for torchvision's detection data sets.
+        seed: of the transforms' random numbers.
+
+    Attributes:
+        epoch: counted from 0; the transforms' random numbers depend on seed, epoch and index alone.
     """
 
-    def __init__(self, num_images: int, seed: int, image_size: int, transforms=None):
-        self.num_images, self.seed, self.image_size, self.transforms = num_images, seed, image_size, transforms
+    def __init__(self, num_images: int, picture_seed: int, image_size: int, transforms=None, seed: int = 0):
+        self.num_images, self.picture_seed, self.image_size = num_images, picture_seed, image_size
+        self.transforms, self.seed, self.epoch = transforms, seed, 0
         self.categories = {label: {"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)}
         self.num_classes = len(CLASSES) + 1
-        self.summary = f"built-in shapes, seed {seed}: {num_images} pictures of {image_size}x{image_size} pixels"
+        self.summary = (
+            f"built-in shapes, seed {picture_seed}: {num_images} pictures of {image_size}x{image_size} pixels"
+        )
 
     def __len__(self) -> int:
         return self.num_images
 
     def _objects(self, index: int) -> tuple[np.random.Generator, list[tuple[int, np.ndarray]]]:
-        rng = np.random.default_rng((self.seed, index))
+        rng = np.random.default_rng((self.picture_seed, index))
         return rng, sketch(rng, self.image_size)
 
     def __getitem__(self, index: int):
@@ -124,7 +133,7 @@ class Shapes(Dataset):
             "labels": torch.tensor([label for label, _ in objects]),
             "image_id": index,
         }
-        return self.transforms(image, target) if self.transforms else (image, target)
+        return apply_seeded(self.transforms, image, target, self.seed, self.epoch, index)
 
     def coco(self) -> dict:
         """Return the annotations of all pictures in COCO's format, without painting them."""

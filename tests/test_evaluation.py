@@ -55,6 +55,23 @@ def test_only_the_given_images_count(truth):
     assert coco_metrics(unknown, dataset.coco(), dataset.categories)["AP"] == 0
 
 
+@pytest.mark.parametrize(("iscrowd", "AP50"), [(1, 1.0), (0, 51 / 101 / 3)])
+def test_detections_in_a_crowd_do_not_count(iscrowd, AP50):
+    """Two detections within a region, the more certain ones, and one of the only object beside it.
+
+    In a crowd they are neither right nor wrong, and the crowd is not missed: precision 1 at recall 1. Were the region
+    an object, both would be wrong (an IoU of 0.25) and it would be missed: precision 1/3 up to recall 1/2, on 51 of 101
+    points of recall, 0.168.
+    """
+    box = torch.tensor([[10.0, 10, 30, 30], [30, 30, 50, 50], [60, 10, 70, 20]])
+    found = {1: {"boxes": box, "scores": torch.tensor([0.9, 0.8, 0.7]), "labels": torch.ones(3, dtype=torch.int64)}}
+    region = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": iscrowd}
+    thing = {"id": 2, "image_id": 1, "category_id": 1, "bbox": [60, 10, 10, 10], "area": 100, "iscrowd": 0}
+    categories = [{"id": 1, "name": "thing"}]
+    coco = {"images": [{"id": 1}], "annotations": [region, thing], "categories": categories}
+    assert coco_metrics(found, coco, {1: categories[0]})["AP50"] == pytest.approx(AP50)
+
+
 def test_samples_show_boxes(truth):
     dataset, perfect = truth
     dataset.transforms = lambda image, target: (image.float() / 255, target)

@@ -1,0 +1,130 @@
+"""COCO's annotation files: reading one, and saying what is wrong with it.
+
+What is checked is what training and pycocotools rely on without looking: a box of NaN, two annotations with one id, or
+an id too large for floating point do not stop pycocotools; only its numbers are wrong.
+"""
+
+import json
+import reprlib
+from collections import Counter
+from pathlib import Path
+
+# pycocotools keeps ids in float64, which holds every integer up to here. As a bound it also refuses NaN and infinity.
+LARGEST = 2**53
+
+
+class DataError(ValueError):
+    """A data set that cannot be trained or evaluated on; the message says what is wrong, where, and what to do."""
+
+
+def is_number(value) -> bool:
+    """Return whether a value is finite; true and false are not numbers, though bool is an int to Python."""
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
+def is_id(value) -> bool:
+    """Return whether a value can be an id."""
+    return type(value) is int and abs(value) < LARGEST
+
+
+def is_text(value) -> bool:
+    """Return whether a value is a string."""
+    return isinstance(value, str)
+
+
+def is_length(value) -> bool:
+    """Return whether a value can be an image's width or height."""
+    return is_number(value) and value > 0
+
+
+def is_box(value) -> bool:
+    """Return whether a value is four finite numbers; their order and size are not looked at."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+# The fields that are kept: a test of the value, None if it is absent, and the test in words.
+FIELDS = {
+    "images": {
+        "id": (is_id, "an integer below 2^53"),
+        "file_name": (is_text, "a string"),
+        "width": (is_length, "a number above 0"),
+        "height": (is_length, "a number above 0"),
+    },
+    "categories": {
+        "id": (is_id, "an integer below 2^53"),
+        "name": (is_text, "a string"),
+    },
+    "annotations": {
+        "id": (is_id, "an integer below 2^53"),
+        "image_id": (is_id, "an integer below 2^53"),
+        "category_id": (is_id, "an integer below 2^53"),
+        "bbox": (is_box, "[x, y, width, height], four finite numbers"),
+        "area": (lambda value: value is None or is_number(value), "a finite number or absent"),
+        "iscrowd": (lambda value: value is None or value in (0, 1), "0, 1 or absent"),
+    },
+}
+
+
+def read_coco(file: Path) -> dict[str, list[dict]]:
+    """Read a COCO instances file, check it, and fill in areas and crowd flags that are absent.
+
+    Returns:
+        images, categories and annotations with the fields of FIELDS alone: polygons and URLs take most of COCO's space.
+
+    Raises:
+        DataError: a file that cannot be read; not JSON; not COCO; no images or categories; a field that fails its test;
+            an id given twice; an annotation of an unknown image or category.
+    """
+    content = read_json(file)
+    if isinstance(content, list) and content and isinstance(content[0], dict) and "image_id" in content[0]:
+        raise DataError(
+            f"{file} is a results file, a list of {len(content)} detections: give the annotations that they belong to"
+        )
+    absent = [key for key in FIELDS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if absent:
+        raise DataError(
+            f"{file} is not a COCO instances file: it has no list of {', '.join(absent)}. "
+            "Give a JSON object with lists of images, categories and annotations"
+        )
+    coco = {}
+    for key, fields in FIELDS.items():
+        if key != "annotations" and not content[key]:
+            raise DataError(f"{file} lists no {key}: give a file that does")
+        not_objects = [f"entry {i}" for i, entry in enumerate(content[key]) if not isinstance(entry, dict)]
+        refuse(f"{file}: {key} that are not JSON objects", not_objects, "Correct or remove them.")
+        coco[key] = [{field: entry.get(field) for field in fields} for entry in content[key]]
+        for field, (test, words) in fields.items():
+            wrong = [i for i, entry in enumerate(coco[key]) if not test(entry[field])]
+            # An entry is named by its id, once all ids are known to be good.
+            names = [f"entry {i}" if field == "id" else f"id {coco[key][i]['id']}" for i in wrong]
+            found = [f"{name} has {reprlib.repr(coco[key][i][field])}" for name, i in zip(names, wrong)]
+            refuse(f"{file}: {key} whose {field} is not {words}", found, "Correct or remove them.")
+        times = Counter(entry["id"] for entry in coco[key])
+        twice = [f"id {number}" for number, count in times.items() if count > 1]
+        refuse(f"{file}: ids that several {key} share", twice, "Give each its own.")
+    for field, key in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in coco[key]}
+        unknown = [f"id {a['id']} has {a[field]}" for a in coco["annotations"] if a[field] not in known]
+        refuse(f"{file}: annotations whose {field} is not among the {key}", unknown, "Correct or remove them.")
+    for annotation in coco["annotations"]:
+        if annotation["area"] is None or annotation["area"] < 0:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        annotation["iscrowd"] = int(annotation["iscrowd"] or 0)
+    return coco
+
+
+def read_json(file: Path):
+    """Return a JSON file's content; Unicode in any of its encodings."""
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}. Check the path") from error
+    except (ValueError, RecursionError) as error:  # what is not Unicode is a ValueError too
+        raise DataError(f"{file} is not JSON: {error}. Give a COCO instances file") from error
+
+
+def refuse(fault: str, offenders: list[str], advice: str) -> None:
+    """Raise DataError if there are offenders: the fault, how many they are, the first 20, and what to do."""
+    if offenders:
+        named = ", ".join(offenders[:20]) + (", ..." if len(offenders) > 20 else "")
+        raise DataError(f"{fault} ({len(offenders)}): {named}. {advice}")

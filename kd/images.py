@@ -1,0 +1,142 @@
+"""Pictures as other people save them: found, checked without decoding them all, and read as upright RGB."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from kd.coco import DataError
+from kd.processes import rank
+
+# What an EXIF orientation asks for; 1 is upright. From 5 on, width and height change places.
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# The last bytes of a file that was written to its end.
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def find_bad_images(folder: Path, images: list[dict]) -> dict[int, str]:
+    """Return the images that cannot be used, by id: file name and reason.
+
+    Args:
+        folder: of the files.
+        images: entries of COCO's "images".
+
+    Raises:
+        DataError: the folder is none.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give the one that holds the images")
+    # All of Pillow's formats now, the usual ones first: threads that load them at the same time miss some.
+    Image.preinit()
+    Image.init()
+
+    def check(image: dict) -> str | None:
+        return why_bad(folder / image["file_name"], (image["width"], image["height"]))
+
+    with ThreadPoolExecutor() as pool:
+        reasons = pool.map(check, images)
+        bar = {"leave": False, "delay": 2, "disable": rank() > 0, "dynamic_ncols": True}
+        reasons = tqdm(reasons, f"checking {folder}", len(images), **bar)
+        return {image["id"]: f"{image['file_name']!r}: {reason}" for image, reason in zip(images, reasons) if reason}
+
+
+def why_bad(path: Path, size: tuple[float, float]) -> str | None:
+    """Return why an image cannot be used, None if it can.
+
+    A JPEG or PNG that ends as it should is judged by its header. All others are decoded to know: the end may be
+    missing, or only be followed by something else.
+
+    Args:
+        path: of the file.
+        size: annotated width and height.
+    """
+    try:
+        if not path.is_file():
+            return "not there"
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 8, 0))
+            end = file.read()
+        with Image.open(path) as image:
+            find_turn(image, size)
+            if image.format not in END_MARKERS or not end.endswith(END_MARKERS[image.format]):
+                decode(image, size)
+    except UnidentifiedImageError:
+        return f"not an image that Pillow knows ({path.stat().st_size} bytes)"
+    except Exception as error:  # Pillow's readers raise almost anything
+        return str(error) or type(error).__name__
+    return None
+
+
+def read_image(path: Path, size: tuple[float, float]) -> Image.Image:
+    """Return a picture as RGB, upright.
+
+    Args:
+        path: of the file.
+        size: annotated width and height.
+
+    Raises:
+        DataError: it cannot be read, or has another size.
+    """
+    try:
+        with Image.open(path) as image:
+            return decode(image, size)
+    except Exception as error:  # Pillow's readers raise almost anything
+        raise DataError(f"{path} cannot be used: {error}. Repair it, or take it out of the annotations") from error
+
+
+def decode(image: Image.Image, size: tuple[float, float]) -> Image.Image:
+    """Return an opened picture as RGB, upright and of the annotated width and height."""
+    turn = find_turn(image, size)
+    if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255, and all would be white
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palettes
+    image = image.convert("RGB")
+    image = image if turn is None else image.transpose(turn)
+    if image.size != size:  # seen in damaged TIFFs
+        raise ValueError(f"{image.width}x{image.height} pixels, but its header promises others")
+    return image
+
+
+def find_turn(image: Image.Image, size: tuple[float, float]) -> Image.Transpose | None:
+    """Return how a picture must be turned to be upright and of the annotated size; only its header is read.
+
+    Args:
+        image: opened, not decoded.
+        size: annotated width and height.
+
+    Raises:
+        ValueError: it has another size, or floating-point pixels.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown")
+    tag = orientation(image)
+    if (image.size if tag < 5 else image.size[::-1]) == size:
+        return TURNS[tag]
+    if image.size == size:  # whoever drew the boxes did not see it turned
+        return None
+    raise ValueError(f"{image.width}x{image.height} pixels, but annotated as {size[0]}x{size[1]}")
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where there is none that can be read."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
+    try:
+        # The base class's method: PNG's own decodes the picture, in search of a tag behind the pixels.
+        tag = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return tag if tag in TURNS else 1
+    except Exception:  # a broken tag is no tag, as to image viewers
+        return 1
