@@ -271,6 +271,25 @@ def test_normaliser(fake_output, targets):
     assert_close(method(student, teacher, targets * 2)["loss_drkd_instance"], 2 * twice["loss_drkd_instance"])
 
 
+@pytest.mark.parametrize("relation", ["features", "matrices"])
+def test_maps(fake_output, targets, relation):
+    """How far the pixel units move each position, and the matrices that relate the objects, largest first."""
+    method = make_method(4, 6, relation=relation, l2=3.0).eval()
+    student, teacher = fake_output(1, N=1), fake_output(2, N=1, C=6)
+    maps = method.maps(student, teacher, targets[:1])
+    for level in range(3):
+        moved = method.pixel_student[level](student.fpn[level]) - student.fpn[level]
+        assert_close(maps["pixel change student"][level], moved.abs().sum(dim=1) / 4)
+        assert maps["pixel change teacher"][level].shape == teacher.fpn[level][:, 0].shape
+    matrices_s, matrices_t = maps["relation matrix student"], maps["relation matrix teacher"]
+    assert [matrix.shape for matrix in matrices_s] == [(1, 2, 2), (1, 2, 2)]
+    for matrix in (*matrices_s, *matrices_t):
+        assert_close(matrix.sum(dim=2), torch.ones(1, 2, dtype=torch.float64))
+    if relation == "matrices":
+        squares = sum((s - t).square().sum() for s, t in zip(matrices_s, matrices_t))
+        assert_close(method(student, teacher, targets[:1])["loss_drkd_relation"], 3 * squares)
+
+
 def test_errors(fake_output, targets):
     method, output = make_method(), fake_output(1)
     with pytest.raises(ValueError, match="must agree"):

@@ -140,6 +140,26 @@ def test_normaliser(fake_output):
     assert (once - one_by_one).abs() > 1e-3
 
 
+def test_maps(fake_output):
+    """Both networks' richness; the losses are those that the teacher's gives."""
+    student, teacher = fake_output(1), fake_output(2)
+    method = FRS("fcos", 4, 4, (8, 16, 32)).double()
+    maps = method.maps(student, teacher, [])
+    for name, output in (("teacher", teacher), ("student", student)):
+        assert_close(maps[f"richness {name}"], [feature_richness(logits) for logits in output.cls_logits])
+    losses, levels = method(student, teacher, []), enumerate(maps["richness teacher"])
+    pairs = [
+        (
+            frs_feature_loss(method.adapters[level](student.fpn[level]), teacher.fpn[level], richness),
+            frs_head_loss(student.cls_logits[level], teacher.cls_logits[level], richness),
+        )
+        for level, richness in levels
+    ]
+    fpn_loss, head_loss = map(sum, zip(*pairs))
+    assert_close(losses["loss_frs_fpn"], 0.01 * fpn_loss)
+    assert_close(losses["loss_frs_head"], 0.05 * head_loss)
+
+
 def test_errors(fake_output):
     output = fake_output(1)
     richness = feature_richness(output.cls_logits[0])

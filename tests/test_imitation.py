@@ -83,6 +83,17 @@ def test_weights_and_adapter(fake_output):
     assert len(list(Imitation("fcos", 4, 4, (8, 16, 32), adapter=True).parameters())) == 6
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_maps(fake_output, p):
+    """The loss is the weighted sum of the maps' means, adapters included."""
+    student, teacher = fake_output(1), fake_output(2, C=6)
+    method = Imitation("fcos", 4, 6, (8, 16, 32), p=p).double()
+    levels = method.maps(student, teacher, [])["difference"]
+    assert [level.shape for level in levels] == [level[:, 0].shape for level in teacher.fpn]
+    assert all(level.min() >= 0 and level.max() <= 1 for level in levels)
+    assert_close(method(student, teacher, [])[f"loss_l{p}_fpn"], 4 * sum(level.mean() for level in levels))
+
+
 def test_errors(fake_output):
     output = fake_output(1)
     with pytest.raises(ValueError, match="must agree"):

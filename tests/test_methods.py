@@ -60,6 +60,7 @@ target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tenso
 losses = method(output(True), output(False), [target, target])
 assert losses and all(torch.isfinite(loss) for loss in losses.values())
 sum(losses.values()).backward()
+assert method.maps(output(False), output(False), [target, target])
 assert "kd" not in sys.modules
 print(*losses)
 """
@@ -111,3 +112,26 @@ def test_one_training_step(networks, name, detector, amp):
     assert all(p.grad is None for p in teacher.parameters())
     # What is exported is torchvision's student: nothing of the method is in it.
     assert student.state_dict().keys() == networks(detector)[0].state_dict().keys()
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("name", METHODS)
+def test_maps(networks, name, detector):
+    """One map per level over its positions, at least 0, and matrices of objects; an image may have no boxes."""
+    if name == "pgd" and detector == "faster_rcnn":
+        return
+    distiller = Distiller(*networks(detector), METHODS[name](detector, 256, 256, STRIDES[detector])).eval()
+    for boxes in (torch.tensor([[4.0, 4.0, 20.0, 25.0], [10.0, 2.0, 35.0, 15.0]]), torch.zeros(0, 4)):
+        target = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)}
+        images, targets = distiller.student.transform([torch.rand(3, 32, 40)], [target])
+        student, teacher = distiller.outputs(images)
+        with torch.no_grad():
+            maps = distiller.method.maps(student, teacher, targets)
+        assert len(maps) > 0
+        for map_name, levels in maps.items():
+            if "matrix" in map_name:
+                assert all(level.shape == (1, len(boxes), len(boxes)) for level in levels)
+            else:
+                sizes = distiller.teacher.backbone(images.tensors).values()
+                assert [level.shape for level in levels] == [size[:, 0].shape for size in sizes]
+            assert all(level.isfinite().all() and (level >= 0).all() for level in levels)

@@ -437,6 +437,25 @@ def test_level_weights(fake_output, targets):
     assert all(attention.mean().sub(1).abs() < 1e-12 for attention in attentions(teacher.fpn[0], 0.8))
 
 
+def test_maps(fake_output, targets):
+    """The losses are those that the teacher's regions and the background give; the student's are by its own scores."""
+    student, teacher = fake_output(1), fake_output(2)
+    method = PGD("fcos", 4, 4, STRIDES, top_k=3)
+    maps = method.maps(student, teacher, targets)
+    cls_loss = reg_loss = 0
+    for level, level_weight in enumerate((1, 1.25, 1.5)):
+        tower_s, tower_t = student.cls_tower[level][0], teacher.cls_tower[level][0]
+        key, background = maps["classification region teacher"][level], maps["background"][level]
+        cls_loss += pgd_cls_loss(tower_s, tower_t, key, background, 0.04 * level_weight, 0.0008, 0.8)
+        tower_s, tower_t = student.reg_tower[level][0], teacher.reg_tower[level][0]
+        reg_loss += pgd_reg_loss(tower_s, tower_t, maps["regression region teacher"][level], 0.064, 0.0008, 0.8)
+    assert_close(method(student, teacher, targets), {"loss_pgd_cls": cls_loss, "loss_pgd_reg": reg_loss})
+    for level, (cls_region, reg_region, background) in enumerate(method.regions(student, targets)):
+        assert_close(maps["classification region student"][level], cls_region)
+        assert_close(maps["regression region student"][level], reg_region)
+        assert_close(maps["background"][level], background)
+
+
 def test_errors(fake_output, targets):
     with pytest.raises(ValueError, match="faster_rcnn"):
         PGD("faster_rcnn", 4, 4, STRIDES)

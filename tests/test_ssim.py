@@ -241,6 +241,16 @@ def test_normaliser(fake_output):
     assert_close(loss, sum(ssim_loss(s, t, **options) for s, t in zip(student.fpn, teacher.fpn)))
 
 
+def test_maps(fake_output):
+    """The loss is the weighted sum of the maps' means, adapters included."""
+    student, teacher = fake_output(1), fake_output(2, C=6)
+    method = SSIM("fcos", 4, 6, (8, 16, 32), normalize="channel", beta=2).double()
+    levels = method.maps(student, teacher, [])["dissimilarity"]
+    assert [level.shape for level in levels] == [level[:, 0].shape for level in teacher.fpn]
+    assert all(level.min() >= 0 and level.max() <= 1 for level in levels)
+    assert_close(method(student, teacher, [])["loss_ssim_fpn"], 4 * sum(level.mean() for level in levels))
+
+
 def test_errors(fake_output):
     fpn = fake_output(1).fpn
     with pytest.raises(ValueError, match="must agree"):

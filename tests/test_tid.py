@@ -253,6 +253,24 @@ def test_normaliser(predictions, targets):
     assert (joined[2] - once[2]).abs() > 1e-3
 
 
+def test_maps(predictions, targets):
+    """Areas follow from the two scores as the equations say, and the losses are those that the areas give."""
+    student, teacher = predictions(1, 3, 4), predictions(2, 3, 4)
+    method = TID("fcos", 4, 4, (8, 16, 32)).double()
+    maps, expected = method.maps(student, teacher, targets), 0
+    for level in range(3):
+        score_t, score_s = maps["score teacher"][level], maps["score student"][level]
+        assert_close(score_t, position_score(teacher.cls_logits[level], teacher.boxes[level], targets, 0.5, 0.4))
+        key, weak, rest = (maps[f"{area} area"][level] for area in ("key", "weak", "rest"))
+        assert torch.equal(key, (score_t > 2.9).float())
+        assert torch.equal(weak, ((score_t > score_s) & (score_t < 2.9)).float())
+        assert torch.equal(key + weak + rest, torch.ones_like(key))
+        adapted = method.adapters[level](student.fpn[level])
+        expected += tid_losses(adapted, teacher.fpn[level], torch.stack([key, weak, rest]))
+    losses = method(student, teacher, targets).values()
+    assert_close(torch.stack([*losses]), expected * torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+
+
 def test_errors(fake_output, targets):
     output = fake_output(1)
     logits, boxes = output.cls_logits[0], output.boxes[0]

@@ -1,4 +1,9 @@
-"""The distillation methods by name. Each file stands alone; this is the only place that lists them."""
+"""The distillation methods by name. Each file stands alone; this is the only place that lists them.
+
+A method is a module called as method(student, teacher, targets), which returns its weighted losses by name. `needs`
+names what it reads of the two outputs, `warmup` is the number of iterations over which its losses shall grow, and
+`maps`, with the same arguments, returns where it looks, for kd.explain to draw.
+"""
 
 from functools import partial
 

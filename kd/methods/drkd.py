@@ -13,23 +13,18 @@ A third term imitates the pooled objects as they are. With ||.|| the square root
     relation = l2 * sum_{l<2,n} || adapter_l(relate_student_l(s_l[n]))  - relate_teacher_l(t_l[n])  ||
     instance = l3 * sum_{l<2,n} || adapter_l(s_l[n]) - t_l[n] ||           s_l[n], t_l[n]: image n's objects on level l
 
-Norms are neither squared nor averaged. The pixel norm runs over the whole batch and grows with the square root of its
-size; the other two are sums over images and grow with their number, and the instance norm also with the square root of
-the objects in an image. Each process takes norms and batch statistics over its own share, so what matters is the number
-of images per process, not of processes.
-
-Units and adapters train with the student and are dropped afterwards (the instance units alone: 43 million parameters at
-256 channels). That includes the teacher's units: only its features are constants. Both sides could therefore agree on
-cancelling what is hard to match; the instance term alone has a fixed target, so watch the three side by side.
+Norms are neither squared nor averaged, and run over each process's own images: the pixel norm grows with the root of
+their number, the other two with the number, and the instance norm with the root of the objects in each. Units, the
+teacher's too, and adapters train with the student and are dropped afterwards (instance units: 43 million parameters).
+Both sides could agree on cancelling what is hard to match; only the instance term has a fixed target: watch all three.
 
 Reference code: https://github.com/nizhenliang/Dual-Relation-Knowledge-Distillation at 78ea05b (two_stage.py, GloRe.py;
 single_stage.py does not run). Where it is at odds with the paper or itself:
 - The paper has a mean of squares for pixels and compares the matrices P (`relation="matrices"`, without a published
   weight); the code has norms, which its weights belong to, and compares related features. So does this file.
-- The code makes the filter's layer anew at every step, so it is random and never trained. Here it has 64 outputs, of
-  which n objects use the first n. To give the outputs a meaning, objects are ordered by area, largest first, as in
-  lines that the code has commented out; beyond 64, the smallest have no relations, with or without filter.
-- The code pools every image's boxes from the first image of the batch. Here they are pooled from their own.
+- The code makes the filter's layer anew at every step, so it is random and never trained. Here its 64 outputs belong to
+  the objects in order of area, largest first, as in lines that the code has commented out; the 65th is not related.
+- The code pools the boxes of all images from the first image of the batch. Here they are pooled from their own.
 """
 
 import torch
@@ -49,30 +44,16 @@ def largest_first(boxes: Tensor) -> Tensor:
 
 
 def pool_instances(features: Tensor, boxes: list[Tensor], stride: int) -> tuple[Tensor, ...]:
-    """Pool each image's boxes from its own map to [M, C, 3, 3], in the boxes' order.
-
-    Args:
-        features: one level [N, C, H, W], at least float32 (on the CPU, RoIAlign has no bfloat16).
-        boxes: per image [M, 4], xyxy pixels of the network input; M = 0 is legal.
-        stride: pixels per position.
-
-    Raises:
-        ValueError: not one set of boxes per image.
-    """
+    """Pool each image's boxes [M, 4], xyxy pixels, M >= 0, from its own features of [N, C, H, W] to [M, C, 3, 3]."""
     if len(boxes) != len(features):
         raise ValueError(f"{len(boxes)} sets of boxes for the images of features {tuple(features.shape)}")
+    features = at_least_float32(features)  # on the CPU, RoIAlign has no bfloat16
     boxes = [b.to(features) for b in boxes]
     return roi_align(features, boxes, output_size=3, spatial_scale=1 / stride).split([len(b) for b in boxes])
 
 
 def frobenius_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Square root of the sum of squared differences over all dimensions; its gradient is 0, not nan, where it is 0.
-
-    The teacher's side is not detached, because it went through trainable units.
-
-    Raises:
-        ValueError: shapes do not agree.
-    """
+    """Square root of the sum of squared differences; its gradient, also to the teacher's units, is 0 where it is 0."""
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree")
     return torch.linalg.vector_norm(at_least_float32(student) - at_least_float32(teacher))
@@ -97,14 +78,12 @@ class PixelRelation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return [N, C, H, W] for features [N, C, H, W], at least float32."""
-        x = at_least_float32(features)
+        x, norm = at_least_float32(features), self.norm
         with torch.autocast(x.device.type, enabled=False):  # v sums tens of thousands of positions
             nodes = self.nodes(x).flatten(2)  # [N, d, HW], no activation
             v = self.states(x).flatten(2) @ nodes.mT  # [N, 2d, d], not divided by HW
-            v = v + self.mix_nodes(v.mT).mT
-            y = self.mix_states(v.relu()) @ nodes  # [N, 2d, HW]
+            y = self.mix_states((v + self.mix_nodes(v.mT).mT).relu()) @ nodes  # [N, 2d, HW]
             y = self.extend(y.unflatten(2, x.shape[2:]))
-            norm = self.norm
             if y[:, 0].numel() > 1:
                 return x + norm(y)
             # A single image's 1x1 level has no variance: use the running statistics and leave them as they are.
@@ -112,12 +91,7 @@ class PixelRelation(nn.Module):
 
 
 class RelationMatrix(nn.Module):
-    """How much each object of an image attends to each: P of the equation.
-
-    Args:
-        size: values of an object, C * 9.
-        relation_filter: multiply the logits by a learned softmax over each row before P's own softmax.
-    """
+    """How much each object of an image attends to each, P of the equation, for objects of `size` = 9C values."""
 
     def __init__(self, size: int, relation_filter: bool = True):
         super().__init__()
@@ -126,11 +100,7 @@ class RelationMatrix(nn.Module):
         self.filter = nn.Linear(size, MAX_RELATED) if relation_filter else None
 
     def forward(self, instances: Tensor) -> Tensor:
-        """Return [n, n], rows sum to 1, at least float32, for one image's objects [n, C, 3, 3].
-
-        Raises:
-            ValueError: n exceeds the filter's outputs.
-        """
+        """Return [n, n], rows sum to 1, at least float32, for one image's objects [n, C, 3, 3]."""
         if self.filter is not None and len(instances) > MAX_RELATED:
             raise ValueError(f"at most {MAX_RELATED} related objects, not {tuple(instances.shape)}")
         s = at_least_float32(instances).flatten(1)
@@ -161,19 +131,12 @@ class DRKD(nn.Module):
 
     Args:
         detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weights.
-        student_channels: channels of the student's pyramid levels.
-        teacher_channels: channels of the teacher's.
+        student_channels, teacher_channels: of the pyramid levels.
         strides: pixels per position, one per pyramid level, finest first.
-        l1: weight of the pixel relation.
-        l2: weight of the instance relation.
-        l3: weight of the instance imitation.
-        relation: "features", norms of related features; or "matrices", squared differences of P, summed over its
-            entries, levels and images.
-        relation_filter: see `RelationMatrix`.
-        nodes: d of each level, finest first; what exceeds the number of levels is cut off.
-
-    Raises:
-        ValueError: an unknown relation, or fewer nodes than levels.
+        l1, l2, l3: weights of pixel relation, instance relation and instance imitation.
+        relation: "features", or "matrices": squared differences of P, summed over its entries, levels and images.
+        relation_filter: multiply P's logits by a learned softmax over each row.
+        nodes: d of each level, finest first; there may be more than levels.
     """
 
     needs = ("fpn",)
@@ -197,46 +160,36 @@ class DRKD(nn.Module):
             raise ValueError(f'relation must be "features" or "matrices", not {relation!r}')
         if len(nodes) < len(strides):
             raise ValueError(f"{len(strides)} levels need as many nodes, not {tuple(nodes)}")
-        weights = zip((l1, l2, l3), WEIGHTS[detector])
-        self.l1, self.l2, self.l3 = (default if given is None else given for given, default in weights)
+        weights = zip(("pixel", "relation", "instance"), (l1, l2, l3), WEIGHTS[detector])
+        self.weights = {term: default if given is None else given for term, given, default in weights}
         self.relation, self.strides = relation, strides[:2]  # objects live on the two finest levels
-
-        def each(levels, unit, *sizes) -> nn.ModuleList:
-            return nn.ModuleList(unit(*sizes) for _ in levels)
-
-        self.pixel_student = nn.ModuleList(PixelRelation(student_channels, d) for _, d in zip(strides, nodes))
-        self.pixel_teacher = nn.ModuleList(PixelRelation(teacher_channels, d) for _, d in zip(strides, nodes))
-        self.pixel_adapters = each(strides, nn.Conv2d, student_channels, teacher_channels, 1)
+        nodes, channels = nodes[: len(strides)], (student_channels, teacher_channels)
         unit = InstanceRelation if relation == "features" else RelationMatrix
-        self.relation_student = each(self.strides, unit, student_channels * 9, relation_filter)
-        self.relation_teacher = each(self.strides, unit, teacher_channels * 9, relation_filter)
+        self.pixel_student, self.pixel_teacher = (nn.ModuleList(PixelRelation(C, d) for d in nodes) for C in channels)
+        self.pixel_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in strides)
+        self.relation_student, self.relation_teacher = (
+            nn.ModuleList(unit(9 * C, relation_filter) for _ in self.strides) for C in channels
+        )
         if relation == "features":
-            self.relation_adapters = each(self.strides, nn.Conv2d, student_channels, teacher_channels, 1)
-        self.instance_adapters = each(self.strides, nn.Conv2d, student_channels, teacher_channels, 1)
+            self.relation_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in self.strides)
+        self.instance_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in self.strides)
 
     def forward(self, student, teacher, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return loss_drkd_pixel, loss_drkd_relation and loss_drkd_instance, weighted and summed over levels.
-
-        Images without boxes are not skipped but computed with n = 0: they add 0, and every parameter has a gradient,
-        zeros if need be, on every process, as DistributedDataParallel expects.
 
         Args:
             student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
             targets: per image, boxes [M, 4], xyxy pixels of the network input.
         """
-        fpn_s = [at_least_float32(level) for level in student.fpn]
-        fpn_t = [at_least_float32(level.detach()) for level in teacher.fpn]
-        pixel_loss = relation_loss = instance_loss = 0
-        for level, adapter in enumerate(self.pixel_adapters):
-            related_s, related_t = self.pixel_student[level](fpn_s[level]), self.pixel_teacher[level](fpn_t[level])
-            pixel_loss += frobenius_distance(adapter(related_s), related_t)
-
+        fpn_s, fpn_t = student.fpn, [x.detach() for x in teacher.fpn]
+        units = zip(self.pixel_adapters, self.pixel_student, self.pixel_teacher, fpn_s, fpn_t)
+        pixel_loss = sum(frobenius_distance(adapter(unit_s(s)), unit_t(t)) for adapter, unit_s, unit_t, s, t in units)
+        relation_loss = instance_loss = 0  # images without boxes add 0 to both, and a gradient to every parameter
         boxes = [largest_first(target["boxes"]) for target in targets]
         for level, stride in enumerate(self.strides):
-            instances_s = pool_instances(fpn_s[level], boxes, stride)
-            instances_t = pool_instances(fpn_t[level], boxes, stride)
-            for s, t in zip(instances_s, instances_t):  # [M, C, 3, 3] of one image
+            instances = (pool_instances(fpn[level], boxes, stride) for fpn in (fpn_s, fpn_t))
+            for s, t in zip(*instances):  # [M, C, 3, 3] of one image
                 instance_loss += frobenius_distance(self.instance_adapters[level](s), t)
                 related_s = self.relation_student[level](s[:MAX_RELATED])
                 related_t = self.relation_teacher[level](t[:MAX_RELATED])
@@ -244,8 +197,19 @@ class DRKD(nn.Module):
                     relation_loss += frobenius_distance(self.relation_adapters[level](related_s), related_t)
                 else:
                     relation_loss += (related_s - related_t).square().sum()
-        return {
-            "loss_drkd_pixel": self.l1 * pixel_loss,
-            "loss_drkd_relation": self.l2 * relation_loss,
-            "loss_drkd_instance": self.l3 * instance_loss,
-        }
+        losses = zip(self.weights.items(), (pixel_loss, relation_loss, instance_loss))
+        return {f"loss_drkd_{term}": weight * loss for (term, weight), loss in losses}
+
+    def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
+        """Return "pixel change" [N, H, W], mean over channels of |unit(x) - x|, and "relation matrix" [N, n, n], P.
+
+        Of each network and level, P of the two finest, objects in order of area, of which all images must have n.
+        """
+        maps, boxes = {}, [largest_first(target["boxes"])[:MAX_RELATED] for target in targets]
+        for name, fpn in (("teacher", teacher.fpn), ("student", student.fpn)):
+            pixel, relation = getattr(self, f"pixel_{name}"), getattr(self, f"relation_{name}")
+            matrices = (unit.matrix if self.relation == "features" else unit for unit in relation)
+            related = zip(matrices, (pool_instances(x, boxes, stride) for x, stride in zip(fpn, self.strides)))
+            maps[f"pixel change {name}"] = [(unit(x) - x).abs().mean(dim=1) for unit, x in zip(pixel, fpn)]
+            maps[f"relation matrix {name}"] = [torch.stack([P(s) for s in images]) for P, images in related]
+        return maps

@@ -122,3 +122,14 @@ class FRS(nn.Module):
             fpn_loss += frs_feature_loss(adapter(student.fpn[level]), teacher.fpn[level], richness)
             head_loss += frs_head_loss(student.cls_logits[level], teacher.cls_logits[level], richness)
         return {"loss_frs_fpn": self.alpha * fpn_loss, "loss_frs_head": self.beta * head_loss}
+
+    def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
+        """Return maps of each level by name, [N, H, W] in 0..1; arguments as in `forward`.
+
+        "richness teacher" is the weight of a position in both losses. "richness student", which no loss reads, shows
+        where the student would look by itself.
+        """
+        return {
+            "richness teacher": [feature_richness(logits) for logits in teacher.cls_logits],
+            "richness student": [feature_richness(logits) for logits in student.cls_logits],
+        }

@@ -25,8 +25,8 @@ def stretch(features: Tensor) -> Tensor:
     return (features - low) / (high - low).masked_fill(high == low, 1)
 
 
-def imitation_loss(student: Tensor, teacher: Tensor, p: int = 2, normalize: bool = True) -> Tensor:
-    """Mean over images, channels and positions of |student - teacher|^p.
+def difference_map(student: Tensor, teacher: Tensor, p: int = 2, normalize: bool = True) -> Tensor:
+    """Mean over channels of |student - teacher|^p at each position, [N, H, W].
 
     Args:
         student: adapted student features [N, C, H, W].
@@ -45,7 +45,12 @@ def imitation_loss(student: Tensor, teacher: Tensor, p: int = 2, normalize: bool
     if normalize:
         student, teacher = stretch(student), stretch(teacher)
     difference = student - teacher
-    return (difference.abs() if p == 1 else difference.square()).mean()
+    return (difference.abs() if p == 1 else difference.square()).mean(dim=1)
+
+
+def imitation_loss(student: Tensor, teacher: Tensor, p: int = 2, normalize: bool = True) -> Tensor:
+    """Mean over images and positions of `difference_map`, which takes the same arguments."""
+    return difference_map(student, teacher, p, normalize).mean()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -98,8 +103,14 @@ class Imitation(nn.Module):
             teacher: the same, constants.
             targets: not read.
         """
-        loss = sum(
-            imitation_loss(adapter(features_s), features_t, self.p, self.normalize)
-            for adapter, features_s, features_t in zip(self.adapters, student.fpn, teacher.fpn)
-        )
+        pairs = zip(self.adapters, student.fpn, teacher.fpn)
+        loss = sum(imitation_loss(adapter(s), t, self.p, self.normalize) for adapter, s, t in pairs)
         return {f"loss_l{self.p}_fpn": self.loss_weight * loss}
+
+    def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
+        """Return "difference" of each level by name, [N, H, W], whose means are what `forward` sums.
+
+        Values are at least 0, with `normalize` at most 1. Arguments as in `forward`.
+        """
+        pairs = zip(self.adapters, student.fpn, teacher.fpn)
+        return {"difference": [difference_map(adapter(s), t, self.p, self.normalize) for adapter, s, t in pairs]}

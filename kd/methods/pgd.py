@@ -1,9 +1,9 @@
 """PGD: "Prediction-Guided Distillation for Dense Object Detection", ECCV 2022, https://arxiv.org/abs/2203.05469.
 
 Few of an object's positions carry its final prediction. A mask drawn from the annotation cannot know which, and teaches
-the student where the teacher itself is poor. PGD asks the teacher: for each ground-truth box, its prediction at every
-position is graded, the best K of all levels together are kept, and a Gaussian fitted to them weights the imitation of
-the first block of both towers. For position X, box b of class k and the teacher's box_t at X:
+also where the teacher is poor. PGD asks the teacher: for each ground-truth box its prediction at every position is
+graded, the best K of all levels are kept, and a Gaussian fitted to them weights the imitation of the first block of
+both towers. For position X, box b of class k and the teacher's box_t at X:
 
     quality(X, b) = [X strictly inside b] * sigmoid(logit_t[k])^(1 - xi) * IoU(box_t, b)^xi                      (Eq. 1)
     region(X) = max_b exp(-1/2 (X - mu_b)^T Sigma_b^-1 (X - mu_b)) on the top K of box b, else 0
@@ -20,9 +20,8 @@ Reference code: https://github.com/ChenhongyiYang/PGD at 81c54d5 (losses/pgd_{cl
 1. Its cls puts every image's mask on every image's difference: about N times the value meant, and alpha was tuned so
    at N = 4. Here is the loss as meant; alpha=0.16 comes near the public size.
 2. Its anchor-free in-box test and background read (x, y) as (y, x). Its top K precede the in-box test, part of Eq. 1.
-3. Its GFL reads strides by image, not level; its DDOD lets the teacher assign the student's labels. Neither is here.
 It jitters the top K by +-0.05 px to keep Sigma invertible; here the jitter's variance is added to Sigma's diagonal. Its
-anchor-free points lie half a stride off; torchvision centres RetinaNet's and FCOS's anchors at (column, row) * stride.
+anchor-free points lie half a stride off; torchvision centres anchors at (column, row) * stride if strides divide h, w.
 Its students start with the teacher's neck and head; ours need not. Our reading: a position's best anchor counts.
 """
 
@@ -39,10 +38,8 @@ def inside_boxes(positions: Tensor, boxes: Tensor) -> Tensor:
 def box_quality(cls_logits: Tensor, boxes: Tensor, positions: Tensor, target: dict[str, Tensor], xi: float) -> Tensor:
     """Grade a teacher's predictions in one image for each box of its target by Eq. 1, best of anchors: [M, P] in 0..1.
 
-    Takes cls_logits [A, K, P], boxes [A, 4, P] in xyxy pixels and positions [P, 2]. Memory is several [M, A, P].
-
-    Raises:
-        ValueError: shapes do not agree.
+    Takes cls_logits [A, K, P], boxes [A, 4, P] in xyxy pixels and positions [P, 2]; raises ValueError on other shapes.
+    Memory is several [M, A, P].
     """
     (A, _, P), gt_boxes, gt_labels = cls_logits.shape, target["boxes"], target["labels"]
     if boxes.shape != (A, 4, P) or positions.shape != (P, 2) or gt_boxes.shape != (len(gt_labels), 4):
@@ -57,11 +54,8 @@ def box_quality(cls_logits: Tensor, boxes: Tensor, positions: Tensor, target: di
 def key_region(quality: Tensor, positions: Tensor, top_k: int, variance: float = 0.1**2 / 12) -> Tensor:
     """Weight one image's positions [P, 2] by the Gaussian of each box's best, maximum over boxes: [P] in 0..1.
 
-    The best are the top_k of a row of quality [M, P] that are above 0: possibly fewer, or none and no weight. variance,
-    that of the reference code's jitter, goes on the diagonal of their biased covariance: those in a row span no area.
-
-    Raises:
-        ValueError: shapes do not agree.
+    The best are the top_k of each row of quality [M, P], if above 0. variance, the jitter's of the reference code, goes
+    on the diagonal of their biased covariance: those in a row span no area. Raises ValueError on other shapes.
     """
     if quality.ndim != 2 or positions.shape != (quality.shape[1], 2):
         raise ValueError(f"quality {tuple(quality.shape)} is not [M, P] for positions {tuple(positions.shape)}, [P, 2]")
@@ -130,8 +124,7 @@ class PGD(nn.Module):
 
     Args:
         detector: "retinanet" or "fcos"; defaults are the reference code's for FCOS, for RetinaNet too (our reading).
-        student_channels: channels of the student's towers, in torchvision those of its pyramid levels.
-        teacher_channels: the teacher's; if different, a 1x1 convolution per tower, shared by the levels (our reading).
+        student_channels, teacher_channels: of the towers; if they differ, one 1x1 convolution per tower (our reading).
         strides: one per pyramid level, pixels.
         alpha: weight of the classification tower's squared difference; the background has half (reference code).
         gamma: weight of the regression tower's; 1.6 * alpha in every reference configuration.
@@ -198,3 +191,10 @@ class PGD(nn.Module):
             features_s, features_t = self.reg_adapter(student.reg_tower[level][0]), teacher.reg_tower[level][0]
             reg_loss += pgd_reg_loss(features_s, features_t, reg_region, self.gamma, *rest)
         return {"loss_pgd_cls": cls_loss, "loss_pgd_reg": reg_loss}
+
+    def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
+        """Return maps of each level by name, [N, H, W] in 0..1; `forward` weights by all but the student's."""
+        cls_t, reg_t, background = map(list, zip(*self.regions(teacher, targets)))
+        cls_s, reg_s, _ = map(list, zip(*self.regions(student, targets)))
+        maps = {"classification region teacher": cls_t, "classification region student": cls_s}
+        return maps | {"regression region teacher": reg_t, "regression region student": reg_s, "background": background}

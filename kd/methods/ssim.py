@@ -3,9 +3,9 @@
 An l1 or l2 distance compares two feature maps number by number, as if neighbours had nothing to do with each other; a
 few large activations decide it, and an edge moved by one position costs as much as an edge lost. Image compression met
 the same trouble and answered with the structural similarity index, SSIM: look at both maps through a small window and
-compare mean (luminance), spread (contrast) and correlation (structure) of what is inside. Every map is first stretched
-to [0, 1], student and teacher each by its own minimum and maximum. mu, var and cov are weighted by a Gaussian around
-each position, channel by channel; std is the root of var; C1, C2, C3 keep the fractions finite.
+compare mean (luminance), spread (contrast) and correlation (structure) of what is inside. Maps are first stretched to
+[0, 1], student and teacher each by its own minimum and maximum. mu, var and cov are weighted by a Gaussian around each
+position, channel by channel; std is the root of var; C1, C2, C3 keep the fractions finite.
 
     luminance = (2 mu_s mu_t + C1) / (mu_s^2 + mu_t^2 + C1)
     contrast  = (2 std_s std_t + C2) / (var_s + var_t + C2)
@@ -14,16 +14,13 @@ each position, channel by channel; std is the root of var; C1, C2, C3 keep the f
 
     loss = loss_weight * sum_l  mean_{n,c,p} (1 - ssim(stretch(adapter_l(student_l)), stretch(teacher_l))) / 2
 
-A level costs 0 for equal maps, about 0.5 for unrelated ones, at most 1. With several processes each takes the mean over
-its own batch; batches of equal size then give the mean over all.
-
+A level costs 0 for equal maps, about 0.5 for unrelated ones, at most 1. Each process takes the mean over its own batch.
 There is no final public code. The paper points to kornia's ssim_loss: this formula with all exponents 1, plus 1e-12 in
 the denominator and a clamp to 0..1, neither of which shows. An early prototype, https://github.com/PhilipdeRijk/KD at
 2d8a87b, compares unstretched maps in a window of 3; we follow the paper. Our reading: one minimum and maximum per image
 and level, over channels and positions; normalize="channel" takes one per channel. Where a level is too small to be
-mirrored at its border (for window 11, a shorter side below 6), the window shrinks to 2 * min(H, W) - 1 at the same
-sigma. At 1x1 only luminance is left of ssim, and nothing at all with normalize="channel", a single value having no
-range. structure can be negative, and then only whole powers of it exist: gamma must be a whole number.
+mirrored at its border (for window 11, a shorter side below 6), the window shrinks. At 1x1 only luminance is left of
+ssim, and nothing at all with normalize="channel". structure can be negative, which only a whole gamma allows.
 """
 
 import math
@@ -53,15 +50,14 @@ def stretch(features: Tensor, normalize: str = "image") -> Tensor:
     dims = (1, 2, 3) if normalize == "image" else (2, 3)
     low, high = features.amin(dim=dims, keepdim=True), features.amax(dim=dims, keepdim=True)
     # Not an epsilon: dividing a constant map by it would send gradients of 1 / epsilon to the student.
-    span = (high - low).masked_fill(high == low, 1)
-    return (features - low) / span
+    return (features - low) / (high - low).masked_fill(high == low, 1)
 
 
 def blur(x: Tensor, window: int, sigma: float) -> Tensor:
     """Gaussian mean around each position of x [N, C, H, W], mirrored at the border; same shape.
 
-    Rows, then columns: 2 * window products a position in place of window^2. The window shrinks to 2 * min(H, W) - 1 on
-    levels too small to be mirrored.
+    Rows, then columns: 2 * window products a position in place of window^2. A window too wide for x to be mirrored
+    shrinks to 2 * min(H, W) - 1 at the same sigma.
 
     Raises:
         ValueError: window is not odd and positive.
@@ -105,10 +101,7 @@ def ssim_map(
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, [N, C, H, W]")
     if min(alpha, beta, gamma) < 0 or alpha == beta == gamma == 0 or gamma != int(gamma):
-        raise ValueError(
-            "alpha, beta and gamma must be at least 0, one of them above, and gamma whole, "
-            f"not {alpha}, {beta} and {gamma}"
-        )
+        raise ValueError(f"alpha, beta and gamma must be at least 0, not all 0, gamma whole: {alpha}, {beta}, {gamma}")
     teacher = teacher.detach()
     mu_t, tt = blur(torch.cat([teacher, teacher.square()]), window, sigma).chunk(2)
     mu_s, ss, st = blur(torch.cat([student, student.square(), student * teacher]), window, sigma).chunk(3)
@@ -126,8 +119,8 @@ def ssim_map(
     return math.prod(component**exponent for component, exponent in components if exponent)
 
 
-def ssim_loss(student: Tensor, teacher: Tensor, normalize: str = "image", **ssim) -> Tensor:
-    """Mean over images, channels and positions of (1 - ssim) / 2, in 0..1, of the stretched maps.
+def dissimilarity(student: Tensor, teacher: Tensor, normalize: str = "image", **ssim) -> Tensor:
+    """Mean over channels of (1 - ssim) / 2 at each position, [N, H, W] in 0..1, of the stretched maps.
 
     Args:
         student: adapted student features [N, C, H, W], any range.
@@ -136,7 +129,12 @@ def ssim_loss(student: Tensor, teacher: Tensor, normalize: str = "image", **ssim
         **ssim: window, sigma and exponents of `ssim_map`, which also says what it refuses.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
-    return (1 - ssim_map(stretch(student, normalize), stretch(teacher, normalize), **ssim)).mean() / 2
+    return (1 - ssim_map(stretch(student, normalize), stretch(teacher, normalize), **ssim)).mean(dim=1) / 2
+
+
+def ssim_loss(student: Tensor, teacher: Tensor, normalize: str = "image", **ssim) -> Tensor:
+    """Mean over images and positions of `dissimilarity`, which takes the same arguments."""
+    return dissimilarity(student, teacher, normalize, **ssim).mean()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -149,8 +147,7 @@ class SSIM(nn.Module):
 
     Args:
         detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weight.
-        student_channels: channels of the student's pyramid levels.
-        teacher_channels: channels of the teacher's.
+        student_channels, teacher_channels: of the pyramid levels.
         strides: one per pyramid level; only their number matters here.
         alpha, beta, gamma, window, sigma: see `ssim_map`; the defaults are the paper's.
         loss_weight: weight of the sum over levels.
@@ -193,8 +190,11 @@ class SSIM(nn.Module):
             teacher: the same, constants.
             targets: not read.
         """
-        loss = sum(
-            ssim_loss(adapter(features_s), features_t, self.normalize, **self.ssim)
-            for adapter, features_s, features_t in zip(self.adapters, student.fpn, teacher.fpn)
-        )
+        pairs = zip(self.adapters, student.fpn, teacher.fpn)
+        loss = sum(ssim_loss(adapter(s), t, self.normalize, **self.ssim) for adapter, s, t in pairs)
         return {"loss_ssim_fpn": self.loss_weight * loss}
+
+    def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
+        """Return "dissimilarity" of each level by name, [N, H, W] in 0..1, whose means are what `forward` sums."""
+        pairs = zip(self.adapters, student.fpn, teacher.fpn)
+        return {"dissimilarity": [dissimilarity(adapter(s), t, self.normalize, **self.ssim) for adapter, s, t in pairs]}

@@ -24,10 +24,8 @@ each line below is marked as the paper's or as our reading, and AP measured with
 IoU is taken with predicted boxes because anchors are common to teacher and student and could not tell them apart. The
 class is the arg-max over cls_logits, however small its probability; an RPN knows only objects, and is right where its
 probability is at least 0.5. A box that overlaps no ground truth is matched to none, and its class counts as wrong. An
-image without ground truth is all rest. On Faster R-CNN, predictions are the RPN's. Areas are constants.
-
-|area_l| counts positions over all images of the batch: an image holding most of an area holds most of its loss. With
-several processes each counts over its own share of the batch.
+image without ground truth is all rest. On Faster R-CNN, predictions are the RPN's. Areas are constants; |area_l| counts
+the positions of all images in this process's batch, so an image that holds most of an area holds most of its loss.
 """
 
 import torch
@@ -113,10 +111,8 @@ def tid_losses(student: Tensor, teacher: Tensor, areas: Tensor) -> Tensor:
         ValueError: shapes do not agree.
     """
     if student.shape != teacher.shape or areas.shape[1:] != student[:, 0].shape:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, with areas [3, N, H, W], "
-            f"not {tuple(areas.shape)}"
-        )
+        shapes = [tuple(t.shape) for t in (student, teacher, areas)]
+        raise ValueError(f"features [N, C, H, W], twice, and areas [3, N, H, W] must agree, not {shapes}")
     difference = (at_least_float32(student) - at_least_float32(teacher.detach())).square().mean(dim=1)
     areas = areas.to(difference)
     return (areas * difference).sum(dim=(1, 2, 3)) / areas.sum(dim=(1, 2, 3)).clamp(min=1)
@@ -132,15 +128,10 @@ class TID(nn.Module):
 
     Args:
         detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default thresholds.
-        student_channels: channels of the student's pyramid levels.
-        teacher_channels: channels of the teacher's.
+        student_channels, teacher_channels: of the pyramid levels.
         strides: one per pyramid level; only their number matters here.
-        t_pos: IoU from which a box scores high.
-        t_neg: IoU up to which it scores low.
-        scores: high, middle, low, falling. Key positions are those of at least high * middle.
-        key_weight: weight of the key area.
-        weak_weight: weight of the weak area.
-        rest_weight: weight of the rest.
+        t_pos, t_neg, scores: see `position_score`; scores must fall. Key positions are those of at least high * middle.
+        key_weight, weak_weight, rest_weight: of the areas.
 
     Raises:
         ValueError: t_neg is above t_pos, or scores do not fall.
@@ -182,11 +173,28 @@ class TID(nn.Module):
             targets: per image boxes [M, 4], xyxy pixels of the same input, and labels [M].
         """
         losses = 0
-        for level, adapter in enumerate(self.adapters):
+        levels = zip(self.adapters, student.fpn, teacher.fpn, self.grade(student, teacher, targets))
+        for adapter, features_s, features_t, (_, _, areas) in levels:
+            losses += tid_losses(adapter(features_s), features_t, areas)
+        return {f"loss_tid_{area}": self.weights[area] * loss for area, loss in zip(self.weights, losses)}
+
+    def grade(self, student, teacher, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return of each level the student's and the teacher's scores [N, H, W], and their areas [3, N, H, W]."""
+        levels = []
+        for level in range(len(self.adapters)):
             score_s, score_t = (
                 position_score(x.cls_logits[level], x.boxes[level], targets, self.t_pos, self.t_neg, self.scores)
                 for x in (student, teacher)
             )
-            areas = split_areas(score_s, score_t, self.scores[0] * self.scores[1])
-            losses += tid_losses(adapter(student.fpn[level]), teacher.fpn[level], areas)
-        return {f"loss_tid_{area}": self.weights[area] * loss for area, loss in zip(self.weights, losses)}
+            levels.append((score_s, score_t, split_areas(score_s, score_t, self.scores[0] * self.scores[1])))
+        return levels
+
+    def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
+        """Return maps of each level by name, [N, H, W]; arguments as in `forward`.
+
+        "score teacher" and "score student" are at least 0, at most high * high; "key area", "weak area" and "rest area"
+        are 1 inside and 0 outside.
+        """
+        scores_s, scores_t, areas = zip(*self.grade(student, teacher, targets))
+        maps = {"score teacher": list(scores_t), "score student": list(scores_s)}
+        return maps | {f"{area} area": [level[i].float() for level in areas] for i, area in enumerate(self.weights)}
