@@ -1,52 +1,74 @@
-"""Train a detector, plain or distilled from a teacher.
+r"""Train a detector, plain or distilled from a teacher.
 
-    python train.py --method frs --teacher r101 --student r50                   built-in shapes; trains the teacher
-    first python train.py --method none --student r101 --data /path/to/coco           a teacher, or a baseline python
-    train.py --method frs --teacher r101 --student r50 --data /path/to/coco \
-        --teacher-weights runs/none-fcos-r101-coco/model.pt                     one GPU
-    torchrun --nproc-per-node 8 train.py ...                                    eight GPUs
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...    two machines
+On the built-in shapes, where the teacher is trained first:
+
+    python train.py --method frs --teacher r101 --student r50
+
+On COCO-format data, a teacher or baseline, then a student:
+
+    python train.py --method none --student r101 --pretrained --data /path/to/coco
+    python train.py --method frs --teacher r101 --student r50 --pretrained --data /path/to/coco \
+        --teacher-weights runs/none-fcos-r101-coco/model.pt
+
+On eight GPUs, and on two machines of eight:
+
+    torchrun --nproc-per-node 8 train.py ...
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
 Recipe for COCO-format data: SGD with momentum 0.9 and weight decay 1e-4, learning rate 0.01 (Faster R-CNN 0.02) per 16
 images, scaled linearly with the images that all processes see in a step, 500 iterations of linear warm-up, 12 epochs
 with drops by 10 after two thirds and eleven twelfths. Recipe for the built-in shapes, from scratch: AdamW and one
 cycle of the learning rate.
+
+Everything random in a step follows from the seed, the step and the process, so a run that was killed and continued
+ends with the same student, bit for bit on a CPU, as one that was not.
 """
 
 import argparse
-import ast
-import difflib
-import inspect
 import json
 import math
-import os
-import platform
-import subprocess
+import shlex
+import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-import timm
+import numpy as np
 import torch
-import torchvision
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from kd.checkpoint import load, load_model, load_torchvision, read_run, save, save_model
+from kd.arguments import build_method, run_name, settle
+from kd.checkpoint import load_teacher, restore, save, save_model
 from kd.data import DataError, class_names, collate, open_dataset
-from kd.detectors import DETECTORS, FPN_CHANNELS, STRIDES, build_detector, check_detector, timm_name
+from kd.detectors import DETECTORS, build_detector
 from kd.distiller import Distiller, check_pair, check_terms, inherit
 from kd.evaluation import draw_samples, evaluate
 from kd.methods import METHODS
+from kd.processes import (
+    StopSignal,
+    gather,
+    ignore_signals,
+    join_processes,
+    mean_over_processes,
+    rank,
+    share_buffers,
+    wait_for_all,
+    world_size,
+)
+from kd.runs import append_log, check_same_run, cut_log, describe, is_finished, open_folder, read_run
+from kd.speed import speed_up_teacher
+from kd.timing import Stopwatch
 
-# What an argument is when it is not given; learning rates are in make_optimizer.
-SHAPES_RECIPE = {"epochs": 2, "batch_size": 8, "image_size": [64, 64], "optimizer": "adamw", "eval_interval": 1000}
-COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 PATIENCE = 50  # batches after which each distillation loss must have been above zero once
 TEACHER_CHECK = 500  # validation images on which the teacher's AP is measured before training
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +92,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--val-images", help="folder, instead of --data's")
     add("--val-annotations", help="JSON file, instead of --data's")
     add("--image-size", type=int, nargs=2, metavar=("MIN", "MAX"), help="short side and longest side in pixels")
+    add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
     add("--multi-scale", action="store_true", help="draw the short side of training images from 0.8 to 1.0 of MIN")
     # schedule
     add("--epochs", type=int, help="passes over the training set")
@@ -79,53 +102,61 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate, not scaled further; default: the recipe's")
     add("--clip-grad", type=float, default=35.0, help="largest norm of the gradient")
     add("--eval-interval", type=int, help="epochs between two evaluations; the last epoch is always evaluated")
+    add("--ema", type=float, metavar="DECAY", help="evaluate and export a moving average of the student, e.g. 0.9998")
+    add("--sync-bn", action="store_true", help="batch norm over the images of all GPUs, for training from scratch")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", choices=("bf16", "off"), help="autocast; default: bf16 where the hardware has it")
+    add("--amp", choices=("bf16", "fp16", "off"), help="autocast; default: bf16 where the hardware has it")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="data loading processes")
     add("--seed", type=int, default=0)
     # files
     add("--output", help="folder of this run; default: runs/METHOD-DETECTOR-TEACHER-STUDENT")
-    add("--resume", action="store_true", help="continue the run in --output after its last finished epoch")
+    add(
+        "--resume",
+        nargs="?",
+        const="required",
+        choices=("required", "auto"),
+        help="continue the run in --output; auto: if there is one, and begin it otherwise",
+    )
+    add("--tensorboard", action="store_true", help="write losses and COCO's numbers for TensorBoard too")
+    add("--checkpoint-minutes", type=float, default=10.0, help="time between two checkpoints within an epoch")
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, evaluate and save one detector as the arguments say; return COCO's twelve numbers."""
     settle(args)
-    rank, world_size, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), start_process(args)
-    say = print if rank == 0 else lambda *_: None
+    device = join_processes(args.device)
+    say = print if rank() == 0 else lambda *_: None
     output = Path(args.output)
 
     # data
-    train_set = open_dataset(args.train_images, args.train_annotations, args.image_size, train=True)
-    val_set = open_dataset(args.val_images, args.val_annotations, args.image_size, train=False)
+    train_set = open_dataset(
+        args.train_images, args.train_annotations, args.image_size, True, args.seed, args.skip_bad_images
+    )
+    val_set = open_dataset(
+        args.val_images, args.val_annotations, args.image_size, False, skip_bad_images=args.skip_bad_images
+    )
     if class_names(train_set.categories) != class_names(val_set.categories):
         raise DataError(f"{args.train_annotations} and {args.val_annotations} list different categories")
     say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
-    train_sampler = DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True)
-    train_loader = DataLoader(
-        train_set,
-        args.batch_size,
-        sampler=train_sampler,
-        num_workers=args.workers,
-        collate_fn=collate,
-        drop_last=True,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    if len(train_loader) == 0:
+    steps_per_epoch = len(train_set) // world_size() // args.batch_size
+    if steps_per_epoch == 0:
         raise ValueError(
-            f"{len(train_set)} training images are fewer than one batch ({world_size} x {args.batch_size})"
+            f"{len(train_set)} training images are fewer than one batch ({world_size()} x {args.batch_size})"
         )
+    iterations = args.epochs * steps_per_epoch
+    iterations = min(iterations, args.max_iterations or iterations)
 
-    if rank == 0:
-        start_folder(args)
+    to_resume = open_folder(output, args.resume)
+    if is_finished(output):
+        say(f"{output} is finished")
+        return read_run(output)
 
     # teacher
-    teacher = teacher_row = None
+    teacher, teacher_row, teacher_detections = None, None, []
     if args.method != "none":
-        teacher, teacher_row, teacher_detections = get_teacher(args, val_set, device, say)
+        teacher, teacher_row, *teacher_detections = get_teacher(args, val_set, device, say)
 
     # student
     torch.manual_seed(args.seed)
@@ -136,106 +167,165 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         image_size=args.image_size,
         pretrained=args.pretrained,
         pretrained_weights=args.pretrained_weights,
-    ).to(device)
+    ).to(device, memory_format=torch.channels_last)
     if args.multi_scale:
         student.transform.min_size = tuple(round(args.image_size[0] * (0.8 + 0.04 * step)) for step in range(6))
-
     if teacher is not None:
         check_pair(student, teacher)
     if args.inherit:
         inherit(student, teacher)
+    if args.sync_bn:
+        student = convert_sync_batchnorm(student)
 
     # distiller
-    iterations = args.epochs * len(train_loader)
-    iterations = min(iterations, args.max_iterations or iterations)
-    method = None
-    if teacher is not None:
-        method = build_method(args).to(device)
+    method = build_method(args).to(device) if teacher is not None else None
     warmup = min(method.warmup, iterations // 10) if method else 0
-    distiller = Distiller(student, teacher, method, warmup).to(device)
-    module = DistributedDataParallel(distiller) if world_size > 1 else distiller
+    distiller = Distiller(student, teacher, method).to(device)
+    module = DistributedDataParallel(distiller) if world_size() > 1 else distiller
+    # Decaying faster at first, or a short run's average would be made of its random start.
+    ema = ModelEmaV3(student, args.ema, use_warmup=True) if args.ema else None
+    evaluated = ema.module if ema else student
 
     # optimizer
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     optimizer, schedule = make_optimizer(args, parameters, iterations)
-    first_epoch = resume(args, distiller, optimizer, schedule) if args.resume else 0
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # what a checkpoint holds: the state of these parts, and how far the run is
+    parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    parts.update({"ema": ema} if ema else {})
+    first_epoch = steps = skipped = 0  # steps done in an epoch; steps that fp16 skipped in it
+    sums, full = Counter(), Counter()  # each loss over an epoch's steps; the method's before warm-up
+    description = describe(args)
+    if to_resume:
+        check_same_run(output, description)
+        content = restore(parts, output / "checkpoint.pt")
+        first_epoch, steps, skipped = (content[name] for name in ("epoch", "steps", "skipped"))
+        sums, full = Counter(content["sums"]), Counter(content["full"])
+        say(f"continuing {output} after {steps} steps of epoch {first_epoch + 1}")
+    elif rank() == 0:
+        (output / "args.json").write_text(json.dumps(description, indent=1))
+    if rank() == 0:
+        cut_log(output, first_epoch)
+    say(f"{output}: {', '.join(f'{name} {value}' for name, value in description['versions'].items())}")
+
+    def save_checkpoint() -> None:
+        if rank() == 0:
+            position = {"epoch": epoch, "steps": steps, "skipped": skipped, "sums": dict(sums), "full": dict(full)}
+            save({name: part.state_dict() for name, part in parts.items()} | position, output / "checkpoint.pt")
+
+    board = None
+    if args.tensorboard and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(output, purge_step=first_epoch * steps_per_epoch + steps)
 
     # epochs
-    iteration = first_iteration = first_epoch * len(train_loader)
-    unproven = []  # distillation losses that have not yet been seen to reach the student
-    for epoch in range(first_epoch, math.ceil(iterations / len(train_loader))):
+    stop, saved_at = StopSignal(), time.monotonic()
+    unproven = None  # distillation losses that have not yet been seen to reach the student
+    for epoch in range(first_epoch, math.ceil(iterations / steps_per_epoch)):
         distiller.train()
-        train_sampler.set_epoch(epoch)
-        # Every epoch from its own seed: a resumed run draws what an uninterrupted one does, and a method's adapters
-        # do not change what the student sees.
-        torch.manual_seed(1000 * args.seed + epoch)
-        train_loader.generator.manual_seed(1000 * args.seed + epoch)
-        sums, steps, started = {}, 0, time.time()
+        total_steps = min(steps_per_epoch, iterations - epoch * steps_per_epoch)
+        loader = train_loader(train_set, args, epoch, steps, total_steps)
+        resumed_at, started_at = steps, time.monotonic()
         progress = tqdm(
-            train_loader,
+            loader,
             desc=f"{args.method} {args.student}: epoch {epoch + 1} of {args.epochs}",
-            total=min(len(train_loader), iterations - iteration),
-            disable=rank > 0,
+            initial=steps,
+            total=total_steps,
+            disable=rank() > 0,
             dynamic_ncols=True,
         )
-        for images, targets in progress:
+        stopping = False
+        stopwatch = distiller.stopwatch = Stopwatch(device)
+        for images, targets in stopwatch.each("data", progress):
+            iteration = epoch * steps_per_epoch + steps
+            weight = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
+            torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank()]).generate_state(1)[0]))
             images = [image.to(device, non_blocking=True) for image in images]
             boxes = [{k: t[k].to(device, non_blocking=True) for k in ("boxes", "labels")} for t in targets]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                losses = module(images, boxes)
-            if iteration == first_iteration:
-                unproven = [name for name in losses if name.startswith(f"loss_{args.method}_")]
+            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+                losses = module(images, boxes, weight)
+            terms = [name for name in losses if name.startswith(f"loss_{args.method}_")]
+            unproven = terms if unproven is None else unproven
             if unproven and any(len(target["labels"]) for target in targets):
                 unproven = check_terms(losses, unproven, student)
-                if unproven and steps >= PATIENCE:
-                    raise RuntimeError(f"{', '.join(unproven)} was zero for {steps} batches: check the teacher")
-            total = sum(losses.values())
-            values = {name: loss.item() for name, loss in losses.items()}
-            if not math.isfinite(sum(values.values())):
-                ids = [target["image_id"] for target in targets]
-                raise RuntimeError(f"the loss is not finite at iteration {iteration}, images {ids}: {values}")
-            optimizer.zero_grad()
-            total.backward()
-            nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-            optimizer.step()
-            schedule.step()
-            iteration, steps = iteration + 1, steps + 1
-            sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-            progress.set_postfix({"loss": f"{sum(values.values()):.3f}", "lr": f"{schedule.get_last_lr()[0]:.1e}"})
-            if iteration == iterations:
+                if unproven and steps - resumed_at >= PATIENCE:
+                    raise RuntimeError(f"{', '.join(unproven)} was zero for {PATIENCE} batches: check the teacher")
+
+            with stopwatch.part("backward"):
+                optimizer.zero_grad()
+                scaler.scale(sum(losses.values())).backward()
+            with stopwatch.part("optimizer"):
+                scaler.unscale_(optimizer)
+                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                numbers = {**losses, "gradient norm": norm, "stop": norm.new_tensor(stop.number)}
+                numbers = mean_over_processes(numbers)
+                stopping = numbers.pop("stop") > 0
+                if scaler.is_enabled():  # a scale too large for fp16 shows in the gradient; the scaler skips, lowers it
+                    skipped += not math.isfinite(numbers.pop("gradient norm"))
+                if not all(map(math.isfinite, numbers.values())):
+                    refuse_step(output, iteration, numbers, targets)
+                nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                if ema:
+                    ema.update(student, iteration)
+            steps += 1
+
+            sums.update({name: numbers[name] for name in losses})
+            full.update({name: numbers[name] / weight for name in terms})
+            if board:
+                for name in losses:
+                    board.add_scalar(f"losses/{name}", numbers[name], iteration)
+            shown = {"loss": f"{sum(numbers[name] for name in losses):.3f}", "lr": f"{schedule.get_last_lr()[0]:.1e}"}
+            progress.set_postfix({**shown, **({"skipped": skipped} if skipped else {})})
+            if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes and not stopping:
+                save_checkpoint()
+                saved_at = time.monotonic()
+            if stopping:
                 break
         progress.close()
-        seconds = time.time() - started
-        line = {
-            "epoch": epoch + 1,
-            "iteration": iteration,
-            "losses": {name: value / steps for name, value in sums.items()},
-            "lr": schedule.get_last_lr()[0],
-            "images_per_second": steps * args.batch_size * world_size / seconds,
-            "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        }
-
-        # evaluation
-        last = iteration == iterations
-        if last or (epoch + 1) % args.eval_interval == 0:
-            metrics, detections = evaluate(student, eval_loader(val_set, args), device, args.student)
-            line.update(metrics)
-            say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        seconds = time.monotonic() - started_at
 
         # checkpoint
-        if rank == 0:
-            with open(output / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            content = {
-                "distiller": distiller.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "epoch": epoch + 1,
-            }
-            save(content, output / "checkpoint.pt")
+        save_checkpoint()
+        saved_at = time.monotonic()
+        if stopping:
+            leave(stop, output, epoch * steps_per_epoch + steps)
+
+        # evaluation
+        detection = sum(value for name, value in sums.items() if name not in full)
+        line = {
+            "epoch": epoch + 1,
+            "iteration": epoch * steps_per_epoch + steps,
+            "losses": {name: value / steps for name, value in sums.items()},
+            "without_warmup": {name: value / steps for name, value in full.items()},
+            "ratio_to_detection": {name: value / detection for name, value in full.items()},
+            "lr": schedule.get_last_lr()[0],
+            "skipped_steps": skipped,
+            "seconds_per_step": {name: value / (steps - resumed_at or 1) for name, value in stopwatch.read().items()},
+            "images_per_second": (steps - resumed_at) * args.batch_size * world_size() / seconds,
+            "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        }
+        if line["iteration"] == iterations or (args.eval_interval and (epoch + 1) % args.eval_interval == 0):
+            share_buffers(evaluated)
+            metrics, detections = evaluate(evaluated, eval_loader(val_set, args), device, args.student)
+            line.update(metrics)
+            if rank() == 0:
+                save_image(draw_samples(val_set, [*teacher_detections, detections]), output / "samples.png")
+            if board:
+                for name, value in metrics.items():
+                    board.add_scalar(f"COCO/{name}", value, line["iteration"])
+            say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        if rank() == 0:
+            append_log(output, line)
+        steps, skipped, sums, full = 0, 0, Counter(), Counter()
+    stop.release()
 
     # the run's results
-    if rank == 0:
+    if rank() == 0:
         arguments = {
             "detector": args.detector,
             "backbone": args.student,
@@ -243,100 +333,62 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             "image_size": args.image_size,
             "from_scratch": not (args.pretrained or args.pretrained_weights),
         }
-        save_model(student, arguments, val_set.categories, output / "model.pt")
-        rows = [detections] if teacher is None else [teacher_detections, detections]
-        save_image(draw_samples(val_set, rows), output / "samples.png")
-        print_table(args, teacher_row, student, metrics, iteration)
-    if world_size > 1:
-        distributed.barrier()  # the files are there before another process looks for them
+        save_model(evaluated, arguments, val_set.categories, output / "model.pt")
+        print_table(args, teacher_row, student, metrics, iterations)
+    wait_for_all()  # the files are there before another process looks for them
     return metrics
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in what was not given, and refuse what cannot be meant."""
-    recipe = COCO_RECIPE if args.data or args.train_annotations else SHAPES_RECIPE
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.method not in ("none", *METHODS):
-        close = difflib.get_close_matches(args.method, METHODS, n=1)
-        raise ValueError(
-            f"unknown method {args.method!r}: choose {close[0] if close else ', '.join(('none', *METHODS))}"
-        )
-    if args.method != "none" and not args.teacher:
-        raise ValueError(f"--method {args.method} needs a teacher: add --teacher BACKBONE")
-    if args.method == "none" and (args.teacher or args.teacher_weights or args.set or args.inherit):
-        raise ValueError("--method none has no teacher: leave out --teacher, --teacher-weights, --set and --inherit")
-    for backbone in filter(None, (args.student, args.teacher)):
-        timm_name(backbone)
-    check_detector(args.detector)
-    if args.method != "none":
-        with torch.device("meta"):  # a wrong hyper-parameter shall not be found after an hour of training a teacher
-            build_method(args)
-    for name in ("epochs", "batch_size", "eval_interval", "max_iterations"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more")
-    if args.data is None and args.train_annotations is None and args.image_size[0] != args.image_size[1]:
-        raise ValueError(f"the built-in shapes are square: give --image-size {args.image_size[0]} {args.image_size[0]}")
-    if args.data:
-        root = Path(args.data)
-        args.train_images = args.train_images or str(root / "train2017")
-        args.val_images = args.val_images or str(root / "val2017")
-        args.train_annotations = args.train_annotations or str(root / "annotations" / "instances_train2017.json")
-        args.val_annotations = args.val_annotations or str(root / "annotations" / "instances_val2017.json")
-    paths = ("train_images", "train_annotations", "val_images", "val_annotations")
-    absent = [f"--{p.replace('_', '-')}" for p in paths if getattr(args, p) is None]
-    if 0 < len(absent) < 4:
-        raise ValueError(f"without --data, all four paths are needed: {', '.join(absent)} missing")
-    if args.amp is None:
-        has_bf16 = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        args.amp = "bf16" if has_bf16 else "off"
-    if args.output is None:
-        args.output = str(Path("runs", run_name(args, args.method, args.student)))
+def train_loader(dataset: Dataset, args: argparse.Namespace, epoch: int, first: int, last: int) -> DataLoader:
+    """Return a loader of this process's batches `first` to `last` (excluded) of an epoch."""
+    dataset.epoch = epoch
+    sampler = DistributedSampler(dataset, world_size(), rank(), seed=args.seed, drop_last=True)
+    sampler.set_epoch(epoch)
+    return DataLoader(
+        dataset,
+        args.batch_size,
+        sampler=list(sampler)[first * args.batch_size : last * args.batch_size],
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=args.device.startswith("cuda"),
+        worker_init_fn=ignore_signals,
+    )
 
 
-def run_name(args: argparse.Namespace, method: str, student: str) -> str:
-    """Return the name of the run of a method and student in the setting of `args`."""
-    teacher = [args.teacher] if method != "none" else []
-    data = [Path(args.data).resolve().name] if args.data else []
-    return "-".join([method, args.detector, *teacher, student, *data])
+def eval_loader(dataset: Dataset, args: argparse.Namespace, count: int | None = None) -> DataLoader:
+    """Return a loader of this process's share of a validation set, or of its first `count` images."""
+    share = Subset(dataset, range(rank(), min(count or len(dataset), len(dataset)), world_size()))
+    return DataLoader(share, args.batch_size, num_workers=args.workers, collate_fn=collate)
 
 
-def build_method(args: argparse.Namespace) -> nn.Module:
-    """Build the method with the hyper-parameters of --set NAME=VALUE.
+def refuse_step(output: Path, iteration: int, numbers: dict[str, float], targets: list[dict]) -> None:
+    """Write nonfinite.json and stop: the optimizer has not seen this batch, and never shall.
 
     Raises:
-        ValueError: a name that the method does not have, text that is not NAME=VALUE, or a detector it does not serve.
+        RuntimeError: always; names what is not finite, the iteration, the images and the checkpoint that is left.
     """
-    legal = list(inspect.signature(METHODS[args.method]).parameters)[4:]
-    values = {}
-    for text in args.set:
-        name, _, value = text.partition("=")
-        if name not in legal or not value:
-            raise ValueError(f"--set {text}: {args.method} takes NAME=VALUE with NAME one of {', '.join(legal)}")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
-    return METHODS[args.method](args.detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[args.detector], **values)
+    ids = [image_id for share in gather([target["image_id"] for target in targets]) for image_id in share]
+    if rank() == 0:
+        report = {"iteration": iteration, "values": numbers, "image_ids": ids}
+        (output / "nonfinite.json").write_text(json.dumps(report, indent=1))
+    wait_for_all()
+    names = [name for name, value in numbers.items() if not math.isfinite(value)]
+    kept = output / "checkpoint.pt"
+    raise RuntimeError(
+        f"{', '.join(names)} not finite at iteration {iteration}, images {ids}: all values in "
+        f"{output / 'nonfinite.json'}; "
+        + (f"the last good state is in {kept}" if kept.exists() else "there is no checkpoint yet")
+    )
 
 
-def start_process(args: argparse.Namespace) -> torch.device:
-    """Join the other processes where torchrun started several; return this one's device."""
-    device = torch.device(args.device)
-    if "RANK" in os.environ and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
-def eval_loader(dataset: Dataset, args: argparse.Namespace) -> DataLoader:
-    """Return a loader of this process's share of a validation set."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    sampler = DistributedSampler(dataset, world_size, rank, shuffle=False)
-    return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, collate_fn=collate)
+def leave(stop: StopSignal, output: Path, iteration: int) -> None:
+    """End the process after a signal, with the command that continues the run."""
+    if rank() == 0:
+        launcher = "python" if world_size() == 1 else "torchrun ..."
+        command = shlex.join(sys.argv) + ("" if "--resume" in sys.argv else " --resume auto")
+        print(f"stopped after iteration {iteration}, saved in {output}. To continue:\n{launcher} {command}", flush=True)
+    wait_for_all()
+    sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
 def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device, say) -> tuple[nn.Module, dict, dict]:
@@ -348,17 +400,15 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
     Raises:
         ValueError: no weights given for real data, or weights, classes or detector that do not fit.
     """
-    path = args.teacher_weights
-    if path is None and args.train_annotations:
+    if args.teacher_weights is None and args.train_annotations:
         raise ValueError(
             f"no weights for the teacher {args.teacher}. Either train one (the same command with --method none "
             f"--student {args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a "
             f"COCO_V1 checkpoint of torchvision's {args.detector}"
         )
-    if path is None:
+    if args.teacher_weights is None:
         folder = Path(args.output).parent / run_name(args, "none", args.teacher)
-        path = folder / "model.pt"
-        if not path.exists():
+        if not is_finished(folder):
             say(f"No teacher yet: training {args.teacher} first; it is kept in {folder} for the next run.")
             changes = {
                 "method": "none",
@@ -367,57 +417,17 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
                 "set": [],
                 "inherit": False,
                 "output": str(folder),
+                "resume": "auto",
             }
-            changes["resume"] = (folder / "checkpoint.pt").exists()
             main(argparse.Namespace(**{**vars(args), **changes}))
-
-    content = load(path)
-    if "arguments" in content:
-        teacher, content = load_model(path)
-        theirs, ours = class_names(content["categories"]), class_names(val_set.categories)
-        if theirs != ours:
-            differing = sorted(label for label in theirs.keys() | ours.keys() if theirs.get(label) != ours.get(label))
-            raise ValueError(f"the teacher {path} knows other classes than the data, at labels {differing[:10]}")
-        backbone = content["arguments"]["backbone"]
-        if timm_name(backbone) != timm_name(args.teacher):
-            raise ValueError(f"{path} holds a {backbone}, but --teacher says {args.teacher}")
-    else:
-        teacher = load_torchvision(path, args.detector, args.teacher, val_set.num_classes, args.image_size)
-
-    teacher = teacher.to(device)
-    sample = Subset(val_set, range(min(TEACHER_CHECK, len(val_set))))
-    metrics, detections = evaluate(teacher, eval_loader(sample, args), device, f"teacher {args.teacher}")
-    say(f"Teacher {args.teacher} from {path}: AP {metrics['AP']:.3f} on {len(sample)} validation images.")
+        args.teacher_weights = str(folder / "model.pt")
+    path = args.teacher_weights
+    teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, args.image_size)
+    teacher = speed_up_teacher(teacher.to(device))
+    loader = eval_loader(val_set, args, TEACHER_CHECK)
+    metrics, detections = evaluate(teacher, loader, device, f"teacher {args.teacher}")
+    say(f"Teacher {args.teacher} from {path}: AP {metrics['AP']:.3f} on {len(detections)} validation images.")
     return teacher, {"name": f"teacher {args.teacher}", **metrics, "parameters": count_parameters(teacher)}, detections
-
-
-def start_folder(args: argparse.Namespace) -> None:
-    """Create the run's folder and write args.json.
-
-    Raises:
-        ValueError: the folder holds another run, or there is nothing to resume.
-    """
-    output = Path(args.output)
-    if args.resume and not (output / "checkpoint.pt").exists():
-        raise ValueError(f"nothing to resume: {output / 'checkpoint.pt'} does not exist")
-    if args.resume and (output / "model.pt").exists():
-        raise ValueError(f"nothing to resume: the run in {output} is finished")
-    if not args.resume and (output / "checkpoint.pt").exists():
-        raise ValueError(f"{output} holds a run: continue it with --resume, choose another --output, or delete it")
-    output.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        (output / "log.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(command, capture_output=True, text=True, check=False)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "revision": revision.stdout.strip() or None,
-    }
-    (output / "args.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=1))
-    print(f"{output}: {', '.join(f'{name} {value}' for name, value in versions.items())}")
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int):
@@ -427,9 +437,8 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05, fused=True)
         return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.15)
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     base = 0.02 if args.detector == "faster_rcnn" else 0.01
-    lr = args.lr or base * args.batch_size * world_size / 16
+    lr = args.lr or base * args.batch_size * world_size() / 16
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
 
     def factor(iteration: int) -> float:
@@ -437,15 +446,6 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
         return min(1.0, (iteration + 1) / 500) * 0.1**drops
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def resume(args: argparse.Namespace, distiller: Distiller, optimizer, schedule) -> int:
-    """Restore the state after the last finished epoch; return the number of finished epochs."""
-    content = load(Path(args.output) / "checkpoint.pt")
-    distiller.load_state_dict(content["distiller"])
-    optimizer.load_state_dict(content["optimizer"])
-    schedule.load_state_dict(content["schedule"])
-    return content["epoch"]
 
 
 def count_parameters(detector: nn.Module) -> int:

@@ -1,6 +1,5 @@
 """Files of a run: written whole or not at all, read without executing anything."""
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from kd.detectors import build_detector
+from kd.detectors import build_detector, timm_name
 
 
 def save(content: dict, path: Path) -> None:
@@ -36,6 +35,25 @@ def load(path: str | Path) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from error
+
+
+def restore(parts: dict[str, object], path: Path) -> dict:
+    """Give each part the state that was saved under its name; return the file's content.
+
+    Args:
+        parts: whatever has load_state_dict: modules, optimizer, schedule.
+        path: a file that `save` wrote.
+
+    Raises:
+        ValueError: not such a file, or one of another run.
+    """
+    content = load(path)
+    lacking = [name for name in parts if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise ValueError(f"{path} is not a checkpoint of this run: it lacks {', '.join(lacking)}")
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    return content
 
 
 def save_model(detector: nn.Module, arguments: dict, categories: dict[int, dict], path: Path) -> None:
@@ -68,6 +86,37 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
     return detector.eval(), content
 
 
+def load_teacher(
+    path: str | Path, detector: str, backbone: str, categories: dict[int, dict], image_size: tuple[int, int]
+) -> nn.Module:
+    """Load a teacher from a run's model.pt or from a plain state_dict of torchvision.
+
+    Args:
+        path: of the file.
+        detector: one of DETECTORS.
+        backbone: a short name or a timm model name; must be the file's.
+        categories: COCO category of each label of the data; their names must be the file's, if it says them.
+        image_size: (short side, longest side) in pixels; for a plain state_dict, which does not say it.
+
+    Returns:
+        The detector in eval mode.
+
+    Raises:
+        ValueError: neither kind of file, or one of another backbone, of other classes, or of weights that do not fit.
+    """
+    if "arguments" not in load(path):
+        return load_torchvision(path, detector, backbone, max(categories) + 1, image_size)
+    teacher, content = load_model(path)
+    theirs, ours = ({label: c["name"] for label, c in known.items()} for known in (content["categories"], categories))
+    differing = sorted(label for label in theirs.keys() | ours.keys() if theirs.get(label) != ours.get(label))
+    if differing:
+        raise ValueError(f"the teacher {path} knows other classes than the data, at labels {differing[:10]}")
+    held = content["arguments"]["backbone"]
+    if timm_name(held) != timm_name(backbone):
+        raise ValueError(f"{path} holds a {held}, but the teacher is said to be a {backbone}")
+    return teacher
+
+
 def load_torchvision(
     path: str | Path, detector: str, backbone: str, num_classes: int, image_size: tuple[int, int]
 ) -> nn.Module:
@@ -92,20 +141,13 @@ def load_torchvision(
     return model.eval()
 
 
-def load_strictly(detector: nn.Module, state_dict: dict, path: str | Path) -> None:
+def load_strictly(network: nn.Module, state_dict: dict, path: str | Path) -> None:
     """Load a state_dict of which every tensor must fit.
 
     Raises:
         ValueError: names the first missing, unexpected or misshapen tensors and where they came from.
     """
     try:
-        detector.load_state_dict(state_dict, strict=True)
+        network.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit the detector: {error}") from error
-
-
-def read_run(folder: Path) -> dict | None:
-    """Return the last evaluated line of a run's log.jsonl, None where there is none."""
-    log = folder / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return next((line for line in reversed(lines) if "AP" in line), None)
+        raise ValueError(f"the weights in {path} do not fit the {type(network).__name__}: {error}") from error

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from kd.features import forward_detector
+from kd.features import DetectorOutput, forward_detector
+from kd.timing import Stopwatch
 
 
 class Distiller(nn.Module):
@@ -20,50 +21,58 @@ class Distiller(nn.Module):
         teacher: a trained detector of the same kind, classes and anchors; None for plain training.
         method: called as method(student_output, teacher_output, targets), returns a dict of weighted scalar losses; its
             `needs` names what it reads. None for plain training.
-        warmup: number of iterations over which the distillation losses grow linearly to their full weight; 0 for none.
+
+    Attributes:
+        stopwatch: knows the time of transform, student, teacher and method; may be replaced at any time.
     """
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module | None = None, method: nn.Module | None = None, warmup: int = 0
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module | None = None, method: nn.Module | None = None):
         super().__init__()
         if (teacher is None) != (method is None):
             raise ValueError("a teacher and a method go together: give both or neither")
         self.student = student
         self.method = method
-        self.warmup = warmup
+        self.stopwatch = Stopwatch(next(student.parameters()).device)
         # In a tuple, nn.Module does not see the teacher.
         self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
 
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen teacher."""
         return self._teacher[0]
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]], weight: float = 1.0) -> dict[str, Tensor]:
         """Return all losses of one training step by name; their sum is what to minimise.
 
         Args:
             images: [3, h, w] each, values in 0..1, any sizes.
             targets: per image boxes [M, 4], xyxy pixels of the image, and labels [M], 1..K-1.
+            weight: factor of the method's losses, below 1 during a warm-up.
 
         Returns:
             torchvision's detection losses of the student and the method's losses, named loss_<method>_<term>.
         """
-        images, targets = self.student.transform(images, targets)
-        student_output, losses = forward_detector(self.student, images, targets)
+        part = self.stopwatch.part
+        with part("transform"):
+            images, targets = self.student.transform(images, targets)
+        with part("student"):
+            student_output, losses = forward_detector(self.student, images, targets)
         if self.method is None:
             return losses
 
-        with torch.no_grad():
+        with part("teacher"), torch.no_grad():
             teacher_output, _ = forward_detector(self.teacher, self._as_teacher_input(images), needs=self.method.needs)
-        terms = self.method(student_output, teacher_output, targets)
-        if self.warmup:
-            factor = ((self.iteration + 1) / self.warmup).clamp(max=1)
-            terms = {name: factor * term for name, term in terms.items()}
-            self.iteration += 1
-        return {**losses, **terms}
+        with part("method"):
+            terms = self.method(student_output, teacher_output, targets)
+        return {**losses, **{name: weight * term for name, term in terms.items()}}
+
+    @torch.no_grad()
+    def outputs(self, images: ImageList) -> tuple[DetectorOutput, DetectorOutput]:
+        """Return what the method reads of student and teacher on images that the student's transform returned."""
+        needs = self.method.needs
+        student_output, _ = forward_detector(self.student, images, needs=needs)
+        teacher_output, _ = forward_detector(self.teacher, self._as_teacher_input(images), needs=needs)
+        return student_output, teacher_output
 
     def _as_teacher_input(self, images: ImageList) -> ImageList:
         """Normalise the student's images with the teacher's mean and std where the two differ; padding stays 0."""
@@ -152,6 +161,6 @@ def check_terms(losses: dict[str, Tensor], terms: Collection[str], student: nn.M
         if not loss.requires_grad:
             raise RuntimeError(f"{name} = {loss.item():.4g} has no gradient: it does not depend on the student")
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        if not any(g is not None and g.abs().max() > 0 for g in gradients):
+        if not any(g is not None and (g != 0).any() for g in gradients):
             raise RuntimeError(f"{name} = {loss.item():.4g} sends no gradient to any parameter of the student")
     return zero

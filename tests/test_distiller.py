@@ -1,6 +1,7 @@
 """The teacher is a constant, the student is torchvision's, and a term that does nothing is an error."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ def batch():
     return images, [target, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}]
 
 
-def make(method: str = "frs", warmup: int = 0) -> Distiller:
+def make(method: str = "frs") -> Distiller:
     student, teacher = (build_detector("fcos", "test_resnet", 3, image_size=SIZE) for _ in range(2))
-    return Distiller(student, teacher, METHODS[method]("fcos", 256, 256, (8, 16, 32, 64, 128)), warmup)
+    return Distiller(student, teacher, METHODS[method]("fcos", 256, 256, (8, 16, 32, 64, 128)))
 
 
 def test_teacher_is_unchanged_by_a_training_step(batch):
@@ -54,17 +55,22 @@ def test_without_a_method_the_losses_are_torchvisions(batch):
         Distiller(student, teacher=student)
 
 
-def test_warmup_grows_linearly(batch):
-    """With 4 iterations of warm-up the factors are 1/4, 2/4, 3/4, 1, 1; detection losses are not touched."""
-    plain, warm = make(), make(warmup=4)
-    warm.load_state_dict(plain.state_dict())
-    warm._teacher = plain._teacher
-    plain.eval(), warm.eval()  # batch statistics fixed: every call gives the same losses
-    full = plain(*batch)
-    for step in range(5):
-        losses = warm(*batch)
-        assert_close(losses["loss_frs_fpn"], min(1, (step + 1) / 4) * full["loss_frs_fpn"])
-        assert_close(losses["classification"], full["classification"])
+def test_weight_is_for_the_method_alone(batch):
+    """A quarter of the weight is a quarter of the method's losses; detection losses are not touched."""
+    distiller = make().eval()  # batch statistics fixed: every call gives the same losses
+    full, quarter = distiller(*batch), distiller(*batch, weight=0.25)
+    for name, loss in full.items():
+        assert_close(quarter[name], 0.25 * loss if name.startswith("loss_frs") else loss)
+
+
+def test_stopwatch_knows_the_parts(batch):
+    """Every part has been timed once, and took less than all of them together."""
+    distiller = make()
+    started = time.perf_counter()
+    distiller(*batch)
+    elapsed, parts = time.perf_counter() - started, distiller.stopwatch.read()
+    assert list(parts) == ["transform", "student", "teacher", "method"]
+    assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) <= elapsed
 
 
 def test_teacher_input_is_normalised_its_own_way():

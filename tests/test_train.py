@@ -1,5 +1,6 @@
 """The scripts, end to end on a small model: what a run writes, what it prints, and how it refuses."""
 
+import functools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ import eval as evaluation_script
 import kd.data
 import train
 from kd.checkpoint import load_model, load_torchvision, save
+from kd.distiller import Distiller
 from kd.shapes import Shapes
 
 SMALL = [
@@ -47,7 +49,13 @@ def test_teacher_student_table(tmp_path, capsys):
     assert settings["method"] == "frs" and settings["versions"]["torch"] == torch.__version__
     line = json.loads((tmp_path / "frs" / "log.jsonl").read_text().splitlines()[-1])
     assert line["iteration"] == 3 and line["AP"] == metrics["AP"]
-    assert {"classification", "bbox_regression", "bbox_ctrness", "loss_frs_fpn", "loss_frs_head"} == set(line["losses"])
+    detection, terms = {"classification", "bbox_regression", "bbox_ctrness"}, {"loss_frs_fpn", "loss_frs_head"}
+    assert line["losses"].keys() == detection | terms and line["without_warmup"].keys() == terms
+    total = sum(line["losses"][name] for name in detection)
+    for name in terms:
+        assert line["ratio_to_detection"][name] == pytest.approx(line["without_warmup"][name] / total)
+    parts = ["data", "transform", "student", "teacher", "method", "backward", "optimizer"]
+    assert sorted(line["seconds_per_step"]) == sorted(parts)
     with Image.open(tmp_path / "frs" / "samples.png") as picture:
         assert picture.width > 6 * 64 and picture.height > 3 * 64
 
@@ -59,11 +67,12 @@ def test_teacher_student_table(tmp_path, capsys):
     assert again == {name: f"{metrics[name]:.3f}" for name in again} and len(again) == 12
     evaluation_script.main(_Arguments(tmp_path))
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 5 and any(row.startswith("frs ") for row in rows)
+    assert len(rows) == 5 and sum(row.startswith("frs ") for row in rows) == 1
 
 
 class _Arguments:
-    val_images = val_annotations = None
+    val_images = val_annotations = explain = teacher_weights = None
+    markdown = False
     device, workers = "cpu", 0
 
     def __init__(self, folder):
@@ -77,7 +86,7 @@ def test_the_exported_student_is_the_trained_one(tmp_path):
     checkpoint = torch.load(tmp_path / "frs" / "checkpoint.pt", weights_only=True)["distiller"]
     exported = {f"student.{name}": value for name, value in student.state_dict().items()}
     assert all(torch.equal(checkpoint[name], value) for name, value in exported.items())
-    assert {n.split(".")[0] for n in checkpoint.keys() - exported.keys()} == {"method", "iteration"}
+    assert {n.split(".")[0] for n in checkpoint.keys() - exported.keys()} == {"method"}
 
 
 def test_the_same_seed_gives_the_same_student(tmp_path):
@@ -85,30 +94,6 @@ def test_the_same_seed_gives_the_same_student(tmp_path):
         run("--output", tmp_path / name)
     first, second = (torch.load(tmp_path / n / "model.pt", weights_only=True)["model"] for n in ("a", "b"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch):
-    """Stopped after one of two epochs and continued, the student ends bit for bit the same."""
-    words = ("--method", "frs", "--teacher", "r18", "--epochs", 2, "--max-iterations", 8)
-    run(*words, "--output", tmp_path / "whole")
-
-    saves = []
-
-    def save_once(content, path):
-        save(content, path)
-        if path.name == "checkpoint.pt" and path.parent.name == "parts":
-            saves.append(path)
-            if len(saves) == 1:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save", save_once)
-    with pytest.raises(KeyboardInterrupt):
-        run(*words, "--output", tmp_path / "parts")
-    run(*words, "--output", tmp_path / "parts", "--resume")
-    whole, parts = (torch.load(tmp_path / n / "model.pt", weights_only=True)["model"] for n in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    with pytest.raises(ValueError, match="is finished"):
-        run(*words, "--output", tmp_path / "parts", "--resume")
 
 
 @pytest.fixture
@@ -161,40 +146,64 @@ def test_lists_of_categories_are_compared(coco_folder, tmp_path):
         run("--data", coco_folder, "--output", tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--method", "fsr", "--teacher", "r18"], "unknown method 'fsr': choose frs"),
-        (["--method", "frs"], "needs a teacher"),
-        (["--teacher", "r18"], "has no teacher"),
-        (["--method", "frs", "--teacher", "r18", "--set", "gamma=1"], "one of alpha, beta"),
-        (["--method", "frs", "--teacher", "r18", "--set", "alpha"], "takes NAME=VALUE"),
-        (["--method", "pgd", "--teacher", "r18", "--detector", "faster_rcnn"], "faster_rcnn"),
-        (["--detector", "retina"], "choose retinanet"),
-        (["--method", "l2", "--teacher", "resnet5O"], "did you mean.*resnet50"),
-        (["--epochs", "0"], "--epochs is 0"),
-        (["--image-size", "64", "96"], "square"),
-        (["--batch-size", "64"], "fewer than one batch"),
-        (["--train-images", "x"], "all four paths"),
-    ],
-)
-def test_bad_arguments(tmp_path, words, message):
-    with pytest.raises(ValueError, match=message):
-        run("--output", tmp_path / "x", *words)
+def test_too_few_images(tmp_path):
+    with pytest.raises(ValueError, match=r"16 training images are fewer than one batch \(1 x 64\)"):
+        run("--output", tmp_path / "x", "--batch-size", 64)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
-    run("--output", tmp_path / "x")
-    with pytest.raises(ValueError, match="holds a run"):
-        run("--output", tmp_path / "x")
-    with pytest.raises(ValueError, match="nothing to resume"):
-        run("--output", tmp_path / "y", "--resume")
+def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
+    """The optimizer does not step on it; the terms, the iteration and the images are named and written."""
+
+    class Broken(Distiller):
+        calls = 0
+
+        def forward(self, images, targets, weight):
+            self.calls += 1
+            losses = super().forward(images, targets, weight)
+            if self.calls == 3:
+                Broken.before = {name: value.clone() for name, value in self.student.state_dict().items()}
+                Broken.student = self.student
+                losses["bbox_regression"] = losses["bbox_regression"] * float("nan")
+            return losses
+
+    monkeypatch.setattr(train, "Distiller", Broken)
+    words = ("--output", tmp_path / "x", "--max-iterations", "8", "--checkpoint-minutes", "1e-9")
+    message = r"^bbox_regression, gradient norm not finite at iteration 2, images \[.*\]: "
+    with pytest.raises(RuntimeError, match=message):
+        run(*words)
+    assert all(torch.equal(Broken.before[name], value) for name, value in Broken.student.state_dict().items())
+    report = json.loads((tmp_path / "x" / "nonfinite.json").read_text())
+    assert report["iteration"] == 2 and len(report["image_ids"]) == 4 and report["values"]["classification"] > 0
+    assert torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)["steps"] == 2
 
 
-def test_a_loss_that_is_not_finite_stops_training(tmp_path):
-    with pytest.raises(RuntimeError, match=r"not finite at iteration \d+, images \[.*classification"):
+def test_a_gradient_that_is_not_finite_stops_training(tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite at iteration \d+, images \[.*there is no checkpoint yet"):
         run("--output", tmp_path / "x", "--lr", "1e30", "--optimizer", "sgd", "--max-iterations", "20", "--epochs", "9")
+
+
+def test_fp16_skips_steps(tmp_path, monkeypatch):
+    """A scale that overflows fp16 is lowered, and the step it cost is counted."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    run("--output", tmp_path / "x", "--amp", "fp16", "--max-iterations", 2)
+    (line,) = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
+    assert line["skipped_steps"] == 2
+    state = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 2.0**38
+    assert all(parameter["step"] == 0 for parameter in state["optimizer"]["state"].values())
+
+
+def test_moving_average(tmp_path):
+    """With --ema, the average is what is evaluated and exported, and it is not the student."""
+    run("--output", tmp_path / "x", "--ema", 0.9998)
+    average, _ = load_model(tmp_path / "x" / "model.pt")
+    state = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
+    name = "head.classification_head.conv.0.weight"
+    value = average.state_dict()[name]
+    assert torch.equal(value, state["ema"][f"module.{name}"])
+    assert 0 < (value - state["distiller"][f"student.{name}"]).abs().max() < 0.01
 
 
 def test_learning_rate_of_the_coco_recipe():

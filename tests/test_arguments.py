@@ -1,0 +1,88 @@
+"""Arguments that cannot be meant are refused with what could be, before a folder is made or anything is computed."""
+
+import pytest
+
+import train
+from kd.arguments import build_method, settle
+
+DISTILL = ("--teacher", "r18", "--method")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "fsr", "--teacher", "r18"], "unknown method 'fsr': choose frs"),
+        (["--method", "frs"], "--method frs needs a teacher: add --teacher"),
+        (["--teacher", "r18"], "none has no teacher"),
+        (["--set", "alpha=1"], "none has no teacher"),
+        ([*DISTILL, "frs", "--set", "gamma=1"], "one of alpha, beta"),
+        ([*DISTILL, "frs", "--set", "alpha"], "takes NAME=VALUE"),
+        ([*DISTILL, "frs", "--set", "alpha=small"], r"takes alpha as float \| None"),
+        ([*DISTILL, "pgd", "--set", "xi=0.8"], r"takes xi as tuple.*default \(0.8, 0.6\)"),
+        ([*DISTILL, "ssim", "--set", "normalize=3"], "takes normalize as str"),
+        ([*DISTILL, "l1", "--set", "p=2"], "one of loss_weight"),
+        ([*DISTILL, "pgd", "--detector", "faster_rcnn"], "faster_rcnn"),
+        (["--detector", "retina"], "unknown detector 'retina': choose retinanet"),
+        (["--student", "resnet5O"], "did you mean.*resnet50"),
+        ([*DISTILL, "l2", "--teacher", "resnet5O"], "did you mean.*resnet50"),
+        (["--epochs", "0"], "--epochs is 0: give 1 or more"),
+        (["--batch-size", "-1"], "--batch-size is -1: give 1 or more"),
+        (["--max-iterations", "0"], "--max-iterations is 0"),
+        (["--eval-interval", "0"], "--eval-interval is 0"),
+        (["--workers", "-2"], "--workers is -2: give 0 or more"),
+        (["--seed", "-2"], "--seed is -2"),
+        (["--lr", "0"], "--lr is 0.0: give a number above 0"),
+        (["--lr", "nan"], "--lr is nan: give a number above 0"),
+        (["--clip-grad", "-1"], "--clip-grad is -1"),
+        (["--checkpoint-minutes", "0"], "--checkpoint-minutes is 0"),
+        (["--ema", "1"], "--ema is 1.0: give a decay between 0 and 1"),
+        (["--image-size", "64", "96"], "shapes are square: give --image-size 64 64"),
+        (["--image-size", "16", "16"], "--image-size 16 16: give the short side, 32 or more"),
+        (["--image-size", "96", "64", "--data", "x"], "--image-size 96 64: give the short side"),
+        (["--train-images", "x"], "all four paths are needed: --train-annotations, --val-images, --val-annotations"),
+        (["--device", "gpu"], "--device gpu is no device of torch: give cuda or cpu"),
+        (["--sync-bn"], "--sync-bn is for several GPUs"),
+    ],
+    ids=" ".join,
+)
+def test_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        settle(train.parse_args(["--device", "cpu", *words]))
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="this torch sees no GPU; give --device cpu"):
+        settle(train.parse_args(["--device", "cuda"]))
+
+
+def test_no_tensorboard(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard: the package is not installed; pip install tensorboard"):
+        settle(train.parse_args(["--device", "cpu", "--tensorboard"]))
+
+
+@pytest.mark.parametrize("words", [["--optimizer", "adam"], ["--amp", "fp8"], ["--resume", "yes"], ["--epoch", "two"]])
+def test_refused_while_parsing(words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_hyper_parameters_reach_the_method():
+    """Numbers, tuples, names and None as Python reads them; an integer serves where a float is asked for."""
+    words = ["--device", "cpu", *DISTILL]
+    pgd = build_method(train.parse_args([*words, "pgd", "--set", "xi=(0.5, 1)", "top_k=9", "alpha=1"]))
+    assert (pgd.xi, pgd.top_k, pgd.alpha) == ((0.5, 1), 9, 1)
+    ssim = build_method(train.parse_args([*words, "ssim", "--set", "normalize=channel", "loss_weight=None"]))
+    assert (ssim.normalize, ssim.loss_weight) == ("channel", 4.0)
+
+
+def test_recipes():
+    """The data decide what is not given."""
+    shapes, coco = train.parse_args(["--device", "cpu"]), train.parse_args(["--device", "cpu", "--data", "x/coco"])
+    for args in (shapes, coco):
+        settle(args)
+    assert (shapes.image_size, shapes.optimizer, shapes.output) == ([64, 64], "adamw", "runs/none-fcos-r50")
+    assert (coco.image_size, coco.optimizer, coco.output) == ([800, 1333], "sgd", "runs/none-fcos-r50-coco")
+    assert coco.val_annotations == "x/coco/annotations/instances_val2017.json"

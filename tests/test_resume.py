@@ -1,0 +1,220 @@
+"""A run that was stopped, by a signal or by a kill, and continued ends as one that was not; bit for bit."""
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import kd.data
+import train
+from kd.checkpoint import save
+from kd.processes import StopSignal
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *("--student", "test_resnet", "--image-size", "64", "64", "--batch-size", "4", "--epochs", "5"),
+    *("--device", "cpu", "--checkpoint-minutes", "1e-9"),
+]
+DISTIL = ["--method", "frs", "--teacher", "test_resnet"]
+
+# A process of its own, on few pictures.
+SCRIPT = """
+import kd.data, train
+kd.data.SHAPES_TRAIN, kd.data.SHAPES_VAL = 16, 4
+if __name__ == "__main__":
+    train.main(train.parse_args())
+"""
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 16)
+    monkeypatch.setattr(kd.data, "SHAPES_VAL", 4)
+
+
+def run(*words) -> dict:
+    return train.main(train.parse_args([*SMALL, *map(str, words)]))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts the script in a process of its own, which does not outlive the test."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    processes = []
+
+    def start(*words) -> subprocess.Popen:
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, tmp_path / "script.py", *SMALL, *map(str, words)],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_for_checkpoints(process: subprocess.Popen, file: Path, count: int) -> None:
+    """Return when the process has written so many checkpoints since this was called, or has ended."""
+    seen = {file.stat().st_mtime_ns} if file.exists() else {0}
+    while process.poll() is None and len(seen) <= count:
+        time.sleep(0.002)
+        seen.update({file.stat().st_mtime_ns} if file.exists() else ())
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The students are equal, and so are the logs but for speed."""
+    a, b = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (first, second)]
+    for log in logs:
+        for line in log:
+            del line["images_per_second"], line["seconds_per_step"]
+    assert logs[0] == logs[1]
+
+
+def test_killed_and_resumed(start, tmp_path):
+    """Killed three times at random moments, in the middle of a save among them: a checkpoint is written every step."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*DISTIL, "--workers", 1, "--ema", 0.9]
+    run(*words, "--output", whole)
+    generator = random.Random(0)
+    for _ in range(3):
+        process = start(*words, "--output", parts, "--resume", "auto")
+        wait_for_checkpoints(process, parts / "checkpoint.pt", count=generator.randint(1, 5))
+        time.sleep(generator.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+    assert not (parts / "model.pt").exists(), "the run was over before the third kill"
+    run(*words, "--output", parts, "--resume")
+    assert_same_run(whole, parts)
+
+
+def test_stopped_and_resumed(start, tmp_path):
+    """SIGTERM: the step is finished, the state saved, and the printed command continues the run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = ["--workers", 2]
+    run(*words, "--output", whole)
+    process = start(*words, "--output", parts)
+    wait_for_checkpoints(process, parts / "checkpoint.pt", count=3)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    command = shlex.split(printed.splitlines()[-1])
+    assert command[0] == "python" and command[-2:] == ["--resume", "auto"]
+    steps = int(re.search(r"stopped after iteration (\d+)", printed)[1])
+    state = torch.load(parts / "checkpoint.pt", weights_only=True)
+    assert 0 < steps == 4 * state["epoch"] + state["steps"] < 20
+    command[0] = sys.executable
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing {parts} after {state['steps']} steps of epoch {state['epoch'] + 1}" in result.stdout
+    assert_same_run(whole, parts)
+
+
+def test_a_second_signal_ends_the_process():
+    """The first is noted; another within a second is torchrun's echo; a later one ends the process at once."""
+    script = """
+import signal, time
+from kd.processes import StopSignal
+stop = StopSignal()
+for _ in range(2):
+    signal.raise_signal(signal.SIGINT)
+assert stop.number == signal.SIGINT
+time.sleep(1.1)
+print("alive", flush=True)
+signal.raise_signal(signal.SIGINT)
+print("not reached", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGINT
+    assert "once more to leave at once" in result.stdout and result.stdout.endswith("alive\n")
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGINT)
+    StopSignal().release()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A folder with a teacher, and a distillation that was interrupted while saving in its third epoch."""
+    folder, saves = tmp_path_factory.mktemp("interrupted"), []
+
+    def save_some(content, path):
+        save(content, path)
+        saves.extend([path] if path == folder / "run" / "checkpoint.pt" else [])
+        if len(saves) == 12:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kd.data, "SHAPES_TRAIN", 16)
+        patch.setattr(kd.data, "SHAPES_VAL", 4)
+        patch.setattr(train, "save", save_some)
+        with pytest.raises(KeyboardInterrupt):
+            run(*DISTIL, "--output", folder / "run")
+    return folder
+
+
+@pytest.fixture
+def stopped(interrupted, tmp_path):
+    """A copy of that distillation's folder, the teacher beside it."""
+    return shutil.copytree(interrupted, tmp_path / "copy") / "run"
+
+
+def test_what_must_not_change(stopped):
+    """Arguments and files are those of the start; device, workers and paths are free."""
+    with pytest.raises(ValueError, match=r"started differently: lr was None, is 0.1; seed was 0, is 1$"):
+        run(*DISTIL, "--output", stopped, "--resume", "--lr", 0.1, "--seed", 1)
+    with pytest.raises(ValueError, match="holds a run: continue it with --resume, choose another --output"):
+        run(*DISTIL, "--output", stopped)
+    teacher = stopped.parent / "none-fcos-test_resnet" / "model.pt"
+    moved = teacher.rename(stopped.parent / "moved.pt")
+    content = torch.load(moved, weights_only=True)
+    content["model"]["head.regression_head.bbox_reg.bias"] += 1
+    save(content, stopped.parent / "other.pt")
+    with pytest.raises(ValueError, match="started differently: sha256 was"):
+        run(*DISTIL, "--output", stopped, "--resume", "--teacher-weights", stopped.parent / "other.pt")
+    run(*DISTIL, "--output", stopped, "--resume", "--teacher-weights", moved, "--workers", 1)
+
+
+def test_damaged_checkpoint(stopped):
+    file = stopped / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{file} is not a checkpoint that can be loaded safely"):
+        run(*DISTIL, "--output", stopped, "--resume")
+
+
+def test_nothing_to_resume(tmp_path, capsys):
+    with pytest.raises(ValueError, match="nothing to resume: .*checkpoint.pt does not exist"):
+        run("--output", tmp_path / "x", "--resume")
+    metrics = run("--output", tmp_path / "x", "--resume", "auto")
+    with pytest.raises(ValueError, match="nothing to resume: the run in .* is finished"):
+        run("--output", tmp_path / "x", "--resume")
+    capsys.readouterr()
+    assert run("--output", tmp_path / "x", "--resume", "auto")["AP"] == metrics["AP"]
+    assert f"{tmp_path / 'x'} is finished" in capsys.readouterr().out
+
+
+def test_unwritable_output(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="the output folder .* cannot be written: Not a directory"):
+        run("--output", tmp_path / "file" / "x")
