@@ -1,0 +1,99 @@
+"""Many runs as one table: runs that differ only in their seed share a row."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from kd.runs import read_run
+
+COLUMNS = ("method", "detector", "student", "data", "iterations", "seeds", "AP", "AP50", "gain", "images/s")
+
+# What two runs must share to be repetitions of each other, and, without the method's part, to be compared.
+SETTING = (
+    *("detector", "student", "data", "train_annotations", "val_annotations", "image_size", "multi_scale", "iteration"),
+    *("batch_size", "processes", "optimizer", "lr", "amp", "ema", "pretrained", "pretrained_weights"),
+)
+METHOD = ("method", "teacher", "set", "inherit")
+
+
+def collect(folder: Path) -> list[dict]:
+    """Return every evaluated run below a folder: its args.json together with its last evaluated line.
+
+    Raises:
+        ValueError: there is none.
+    """
+    runs = []
+    for file in sorted(folder.rglob("args.json")):
+        line = read_run(file.parent)
+        if line:
+            runs.append({**json.loads(file.read_text()), **line})
+    if not runs:
+        raise ValueError(f"{folder} is neither a run (no model.pt) nor a folder of evaluated runs")
+    return runs
+
+
+def compare(runs: list[dict]) -> list[tuple[str, ...]]:
+    """Return a row of COLUMNS for each setting and method, teachers and plain students before what is distilled.
+
+    AP and AP50 are means over the seeds, with the standard deviation where there are several. The gain is that of the
+    mean AP over plain students of the same setting, empty where there are none.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        groups[key(run, SETTING), key(run, METHOD)].append(run)
+    plain = {setting: members for (setting, _), members in groups.items() if members[0]["method"] == "none"}
+
+    rows = []
+    for (setting, _), members in groups.items():
+        run, baseline = members[0], plain.get(setting)
+        gain = ""
+        if baseline and run["method"] != "none":
+            gain = f"{statistics.mean(r['AP'] for r in members) - statistics.mean(r['AP'] for r in baseline):+.3f}"
+        words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
+        rows.append(
+            (
+                " ".join(words),
+                run["detector"],
+                f"{run['teacher']} -> {run['student']}" if run["teacher"] else run["student"],
+                data_name(run),
+                str(run["iteration"]),
+                ", ".join(str(r["seed"]) for r in sorted(members, key=lambda r: r["seed"])),
+                mean_and_spread([r["AP"] for r in members]),
+                mean_and_spread([r["AP50"] for r in members]),
+                gain,
+                f"{statistics.median(r['images_per_second'] for r in members):.1f}",
+            )
+        )
+    order = {row: (row[3], row[1], row[4], row[0] != "none", row[2], row[0]) for row in rows}
+    return sorted(rows, key=order.get)
+
+
+def key(run: dict, names: tuple[str, ...]) -> str:
+    """Return a run's values of these names as one string."""
+    return json.dumps([run.get(name) for name in names])
+
+
+def data_name(run: dict) -> str:
+    """Return a short name of a run's data."""
+    size = "x".join(map(str, run["image_size"]))
+    if run["data"]:
+        return f"{Path(run['data']).name} {size}"
+    return f"{Path(run['train_annotations']).stem if run['train_annotations'] else 'shapes'} {size}"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Return the mean, and the standard deviation where there are several values."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def format_table(rows: list[tuple[str, ...]], markdown: bool) -> str:
+    """Return a heading and the rows, in columns of text or as a table of Markdown."""
+    if markdown:
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (COLUMNS, *rows)
+    )
