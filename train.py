@@ -423,11 +423,12 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
         args.teacher_weights = str(folder / "model.pt")
     path = args.teacher_weights
     teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, args.image_size)
-    teacher = speed_up_teacher(teacher.to(device))
+    teacher = teacher.to(device)
     loader = eval_loader(val_set, args, TEACHER_CHECK)
     metrics, detections = evaluate(teacher, loader, device, f"teacher {args.teacher}")
     say(f"Teacher {args.teacher} from {path}: AP {metrics['AP']:.3f} on {len(detections)} validation images.")
-    return teacher, {"name": f"teacher {args.teacher}", **metrics, "parameters": count_parameters(teacher)}, detections
+    row = {"name": f"teacher {args.teacher}", **metrics, "parameters": count_parameters(teacher)}
+    return speed_up_teacher(teacher, AMP[args.amp]), row, detections
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int):

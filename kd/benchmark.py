@@ -79,7 +79,7 @@ def measure_step(args: argparse.Namespace, device: torch.device, detector: str, 
     plain, student, teacher = make(args.student).train(), make(args.student), make(args.teacher).eval()
     distiller = Distiller(
         student.to(memory_format=torch.channels_last),
-        speed_up_teacher(make(args.teacher).eval()),
+        speed_up_teacher(make(args.teacher).eval(), AMP[args.amp]),
         METHODS[method](detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[detector]),
     )
     distiller.to(device).train()

@@ -12,12 +12,22 @@ from torchvision.ops import FrozenBatchNorm2d
 BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNormAct2d)
 
 
-def speed_up_teacher(teacher: nn.Module) -> nn.Module:
-    """Return a teacher with its batch norm folded, channels last: a sixth less time on a CPU, the same maps."""
+def speed_up_teacher(teacher: nn.Module, autocast: torch.dtype | None = None) -> nn.Module:
+    """Return a teacher with its batch norm folded and channels last; what it computes stays.
+
+    Args:
+        teacher: in eval mode, on its device.
+        autocast: type that it will be run in, None for float32. The weights of its body are then kept in that type:
+            autocast would round them anew at every step. The teacher can no longer run without autocast.
+    """
     body = teacher.backbone.body
     height, width = body.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
     image = torch.rand(1, 3, height, width, device=next(teacher.parameters()).device)
     teacher.backbone.body = fold_batch_norm(body, image)
+    if autocast:
+        for module in teacher.backbone.body.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(autocast)
     return teacher.to(memory_format=torch.channels_last)
 
 

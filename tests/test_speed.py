@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from kd.detectors import build_backbone
-from kd.speed import fold_batch_norm
+from kd.detectors import build_backbone, build_detector
+from kd.speed import fold_batch_norm, speed_up_teacher
 
 
 def norms(module: nn.Module) -> int:
@@ -26,6 +26,17 @@ def test_maps_stay(backbone):
     with torch.no_grad():
         for ours, expected in zip(folded(image), body(image)):
             assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_autocast_would_round_the_same():
+    """With weights kept in bfloat16, maps under autocast are the same to the last bit."""
+    slow, fast = (build_detector("fcos", "test_resnet", 3, image_size=(64, 64)).eval() for _ in range(2))
+    fast.load_state_dict(slow.state_dict())
+    slow, fast = speed_up_teacher(slow), speed_up_teacher(fast, torch.bfloat16)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, maps = slow.backbone(image), fast.backbone(image)
+    assert all(torch.equal(maps[name], expected[name]) for name in expected)
 
 
 class Shuffled(nn.Module):

@@ -24,8 +24,9 @@ each line below is marked as the paper's or as our reading, and AP measured with
 IoU is taken with predicted boxes because anchors are common to teacher and student and could not tell them apart. The
 class is the arg-max over cls_logits, however small its probability; an RPN knows only objects, and is right where its
 probability is at least 0.5. A box that overlaps no ground truth is matched to none, and its class counts as wrong. An
-image without ground truth is all rest. On Faster R-CNN, predictions are the RPN's. Areas are constants; |area_l| counts
-the positions of all images in this process's batch, so an image that holds most of an area holds most of its loss.
+image without ground truth is all rest. On Faster R-CNN, predictions are the RPN's. Where the teacher is right and the
+student wrong, a position is key already, which leaves little to be weak. Areas are constants; |area_l| counts the
+positions of all images in this process's batch, so an image that holds most of an area holds most of its loss.
 """
 
 import torch
