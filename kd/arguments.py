@@ -140,16 +140,19 @@ def build_method(args: argparse.Namespace) -> nn.Module:
         except (ValueError, SyntaxError):
             values[name] = value
         if not has_type(values[name], legal[name].annotation):
-            kind = getattr(legal[name].annotation, "__name__", legal[name].annotation)
+            kind = legal[name].annotation
+            kind = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"--set {text}: {args.method} takes {name} as {kind}, default {legal[name].default}")
     return make(args.detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[args.detector], **values)
 
 
 def has_type(value: object, annotation: object) -> bool:
-    """Return whether a value is what an annotation says: a plain type, tuple[float, ...] or a union of such."""
+    """Return whether a value is what an annotation says: a plain type, a tuple of one type, or a union of such."""
     if get_origin(annotation) is UnionType:
         return any(has_type(value, member) for member in get_args(annotation))
     if get_origin(annotation) is tuple:
-        element = get_args(annotation)[0]
-        return isinstance(value, tuple) and all(has_type(v, element) for v in value)
+        element, *others = get_args(annotation)
+        if not isinstance(value, tuple) or (others != [Ellipsis] and len(value) != 1 + len(others)):
+            return False
+        return all(has_type(v, element) for v in value)
     return type(value) is annotation or (annotation is float and type(value) is int)

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from kd.processes import gather, rank
 
+TILE = 128  # pixels of a picture in samples.png, at least; small ones are enlarged
+
 METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 
 
@@ -86,7 +88,7 @@ def evaluate(
 
 
 def draw_samples(
-    dataset: Dataset, rows: list[dict[int, dict[str, Tensor]]], count: int = 8, threshold: float = 0.3
+    dataset: Dataset, rows: list[dict[int, dict[str, Tensor]]], count: int = 6, threshold: float = 0.3
 ) -> Tensor:
     """Draw the first images of a data set: a row with the ground truth, then one for each detector.
 
@@ -101,6 +103,7 @@ def draw_samples(
     """
     shown = [dataset[index] for index in range(min(count, len(dataset)))]
     height, width = (max(image.shape[axis] for image, _ in shown) for axis in (1, 2))
+    zoom = max(1, TILE // max(height, width))
     tiles = []
     for detections in (None, *rows):
         for image, target in shown:
@@ -112,7 +115,9 @@ def draw_samples(
             names = [dataset.categories.get(label, {"name": "?"})["name"] for label in labels.tolist()]
             colors = [f"hsl({137 * label % 360}, 90%, 55%)" for label in labels.tolist()]
             tile = (image * 255).to(torch.uint8)
+            tile = nn.functional.pad(tile, (0, width - tile.shape[2], 0, height - tile.shape[1]))
+            tile = tile.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
             if names:
-                tile = draw_bounding_boxes(tile, boxes, names, colors=colors, width=2)
-            tiles.append(nn.functional.pad(tile, (0, width - tile.shape[2], 0, height - tile.shape[1])))
+                tile = draw_bounding_boxes(tile, zoom * boxes, names, colors=colors, fill_labels=True)
+            tiles.append(tile)
     return make_grid(tiles, nrow=len(shown)).float() / 255

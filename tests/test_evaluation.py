@@ -76,6 +76,6 @@ def test_samples_show_boxes(truth):
     dataset, perfect = truth
     dataset.transforms = lambda image, target: (image.float() / 255, target)
     picture = draw_samples(dataset, [perfect], count=3)
-    assert picture.shape == (3, 2 * 64 + 3 * 2, 3 * 64 + 4 * 2) and picture.min() >= 0 and picture.max() <= 1
+    assert picture.shape == (3, 2 * 128 + 3 * 2, 3 * 128 + 4 * 2) and picture.min() >= 0 and picture.max() <= 1
     blank = draw_samples(dataset, [{i: {**d, "scores": d["scores"] * 0} for i, d in perfect.items()}], count=3)
     assert not torch.equal(picture, blank)

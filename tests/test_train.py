@@ -57,7 +57,7 @@ def test_teacher_student_table(tmp_path, capsys):
     parts = ["data", "transform", "student", "teacher", "method", "backward", "optimizer"]
     assert sorted(line["seconds_per_step"]) == sorted(parts)
     with Image.open(tmp_path / "frs" / "samples.png") as picture:
-        assert picture.width > 6 * 64 and picture.height > 3 * 64
+        assert picture.width > 6 * 128 and picture.height > 3 * 128
 
     run("--method", "l2", "--teacher", "r18", "--output", tmp_path / "l2")
     assert "training r18 first" not in capsys.readouterr().out

@@ -1,0 +1,115 @@
+"""What the README says to type works: its commands in a shortened form, its Python as it stands."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation_script
+import kd.data
+import kd.methods
+import train
+from kd.shapes import Shapes
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language; those of the shell have none."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command of train.py and eval.py, in blocks and in the text, but for those that leave something out."""
+    lines = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", README)
+    found = [shlex.split(part) for line in lines for part in line.split("&&")]
+    return [words for words in found if words[:1] == ["python"] and words[1] in ("train.py", "eval.py")]
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch):
+    """A working folder with few shapes, and shapes as photographs in place of /path/to/coco."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 8)
+    monkeypatch.setattr(kd.data, "SHAPES_VAL", 4)
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    for split, seed in (("train2017", 1), ("val2017", 0)):
+        shapes = Shapes(4, seed, 64)
+        coco = shapes.coco()
+        (tmp_path / "coco" / split).mkdir()
+        for image in coco["images"]:
+            image["file_name"] = f"{image['id']}.png"
+            pixels = shapes[image["id"]][0].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / "coco" / split / image["file_name"])
+        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+    return tmp_path
+
+
+def test_commands(small_world, monkeypatch):
+    """One step each, in the README's order, on small pictures; --pretrained would have to go to the model hub."""
+    done = set()
+    for script, *words in (words[1:] for words in commands()):
+        words = [str(small_world / "coco") if word == "/path/to/coco" else word for word in words]
+        if script == "train.py":
+            words = [word for word in words if word != "--pretrained"]
+            words += ["--max-iterations", "1", "--image-size", "64", "64", "--batch-size", "2", "--device", "cpu"]
+            args = train.parse_args(words)
+            train.settle(args)
+            if args.output not in done:  # the README may show a command twice
+                train.main(train.parse_args([*words, "--amp", "off", "--resume", "auto"]))
+            done.add(args.output)
+        else:
+            evaluation_script.main(evaluation_script.parse_args([*words, "--device", "cpu"]))
+    assert len(done) >= 5
+
+
+def test_copying_a_method(tmp_path):
+    """The example runs in a folder that holds nothing but the method's file."""
+    (example,) = [block for block in blocks("python") if "from frs import" in block]
+    shutil.copy(Path(kd.methods.__file__).parent / "frs.py", tmp_path)
+    (tmp_path / "example.py").write_text("import sys\nsys.path.insert(0, '.')\n" + example + "\nprint(list(losses))")
+    result = subprocess.run([sys.executable, "-I", "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "['loss_frs_fpn', 'loss_frs_head']\n", result.stderr
+
+
+def test_loading_a_student(small_world):
+    """The example loads the student of the README's first command."""
+    (example,) = [block for block in blocks("python") if "load_model" in block]
+    words = [
+        "--student",
+        "test_resnet",
+        "--max-iterations",
+        "1",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
+    train.main(train.parse_args([*words, "--output", "runs/frs-fcos-r101-r50"]))
+    names = {"image": torch.rand(3, 64, 64)}
+    with torch.no_grad():
+        exec(example, names)
+    assert names["detections"][0].keys() == {"boxes", "scores", "labels"}
+
+
+def test_pictures_are_there_and_small():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (Path(__file__).parents[1] / picture).stat().st_size < 300_000, picture
+
+
+def test_every_file_is_in_the_tree():
+    folder = Path(__file__).parents[1] / "kd"
+    for file in (*folder.glob("*.py"), *(folder / "methods").glob("*.py")):
+        assert file.name == "__init__.py" or file.name in README, file
