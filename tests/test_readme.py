@@ -16,6 +16,8 @@ import eval as evaluation_script
 import kd.data
 import kd.methods
 import train
+from kd import benchmark
+from kd.arguments import settle
 from kd.shapes import Shapes
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -27,11 +29,11 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command of train.py and eval.py, in blocks and in the text, but for those that leave something out."""
+    """Every Python command but the tests', in blocks and in the text; torchrun's leave something out."""
     lines = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:python|torchrun) [^`]*)`", README)
     found = [shlex.split(part) for line in lines for part in line.split("&&")]
-    return [words for words in found if words[:1] == ["python"] and words[1] in ("train.py", "eval.py")]
+    return [words[1:] for words in found if words[:1] == ["python"] and words[1:] != ["-m", "pytest"]]
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def small_world(tmp_path, monkeypatch):
     """A working folder with few shapes, and shapes as photographs in place of /path/to/coco."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 8)
-    monkeypatch.setattr(kd.data, "SHAPES_VAL", 4)
+    monkeypatch.setattr(kd.data, "SHAPES_VAL", 6)
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     for split, seed in (("train2017", 1), ("val2017", 0)):
         shapes = Shapes(4, seed, 64)
@@ -53,21 +55,25 @@ def small_world(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_commands(small_world, monkeypatch):
-    """One step each, in the README's order, on small pictures; --pretrained would have to go to the model hub."""
+def test_commands(small_world):
+    """One step each on small pictures, training before what looks at runs; --pretrained would ask the model hub."""
     done = set()
-    for script, *words in (words[1:] for words in commands()):
+    for script, *words in sorted(commands(), key=lambda words: words[0] != "train.py"):
         words = [str(small_world / "coco") if word == "/path/to/coco" else word for word in words]
         if script == "train.py":
             words = [word for word in words if word != "--pretrained"]
             words += ["--max-iterations", "1", "--image-size", "64", "64", "--batch-size", "2", "--device", "cpu"]
             args = train.parse_args(words)
-            train.settle(args)
+            settle(args)
             if args.output not in done:  # the README may show a command twice
                 train.main(train.parse_args([*words, "--amp", "off", "--resume", "auto"]))
             done.add(args.output)
-        else:
+        elif script == "eval.py":
             evaluation_script.main(evaluation_script.parse_args([*words, "--device", "cpu"]))
+        else:
+            assert [script, words.pop(0)] == ["-m", "kd.benchmark"]
+            words += ["--image-size", "64", "--repeats", "1", "--batch-size", "1", "--device", "cpu"]
+            benchmark.main(benchmark.parse_args(words))
     assert len(done) >= 5
 
 
