@@ -64,7 +64,8 @@ def draw_explanation(
         bar = colorize(torch.linspace(0, top, BAR[0]).expand(BAR[1], -1), top)
         canvas.paste(to_pil_image(bar), (scale, y + (LINE - BAR[1]) // 2))
         draw.text((scale + BAR[0] + GAP, y + LINE // 2), f"{top:.3g}", "black", font, anchor="lm")
-        canvas.paste(to_pil_image(photo), (left[0], y + LINE))
+        if row == 0:
+            canvas.paste(to_pil_image(photo), (left[0], y + LINE))
         for x, level, stride in zip(left[1:], maps[name], strides):
             if quantity(name).endswith("matrix"):
                 tile = colorize(enlarge(level[0], min(h, w)), top)

@@ -25,15 +25,17 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 def blocks(language: str) -> list[str]:
     """The code blocks of a language; those of the shell have none."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands() -> list[list[str]]:
     """Every Python command but the tests', in blocks and in the text; torchrun's leave something out."""
     lines = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", README)
-    found = [shlex.split(part) for line in lines for part in line.split("&&")]
-    return [words[1:] for words in found if words[:1] == ["python"] and words[1:] != ["-m", "pytest"]]
+    lines += re.findall(r"`(python [^`]*)`", README)
+    parts = [part.replace("OMP_NUM_THREADS=1", "").strip() for line in lines for part in line.split("&&")]
+    found = [shlex.split(part)[1:] for part in parts if part.startswith("python ")]
+    return [words for words in found if words != ["-m", "pytest"]]
 
 
 @pytest.fixture
