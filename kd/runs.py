@@ -24,17 +24,9 @@ from kd.processes import world_size
 
 # What may differ when a run is continued: it changes where and when, not what is computed. Files are compared by hash.
 FREE = {
-    *(
-        "device",
-        "workers",
-        "output",
-        "resume",
-        "checkpoint_minutes",
-        "tensorboard",
-        "teacher_weights",
-        "pretrained_weights",
-    ),
+    *("device", "workers", "output", "resume", "checkpoint_minutes", "tensorboard"),
     *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
+    *("teacher_weights", "pretrained_weights"),
 }
 
 
@@ -48,11 +40,6 @@ def open_folder(folder: Path, resume: str | None) -> bool:
     Raises:
         ValueError: the folder cannot be written, holds another run, or there is nothing to continue.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").touch()
-    except OSError as error:
-        raise ValueError(f"the output folder {folder} cannot be written: {error.strerror}") from error
     started = (folder / "checkpoint.pt").exists()
     if resume is None and (started or is_finished(folder)):
         raise ValueError(f"{folder} holds a run: continue it with --resume, choose another --output, or delete it")
@@ -60,6 +47,11 @@ def open_folder(folder: Path, resume: str | None) -> bool:
         raise ValueError(f"nothing to resume: the run in {folder} is finished")
     if resume == "required" and not started:
         raise ValueError(f"nothing to resume: {folder / 'checkpoint.pt'} does not exist")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").touch()
+    except OSError as error:
+        raise ValueError(f"the output folder {folder} cannot be written: {error.strerror}") from error
     return started
 
 

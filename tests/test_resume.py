@@ -206,6 +206,7 @@ def test_damaged_checkpoint(stopped):
 def test_nothing_to_resume(tmp_path, capsys):
     with pytest.raises(ValueError, match="nothing to resume: .*checkpoint.pt does not exist"):
         run("--output", tmp_path / "x", "--resume")
+    assert not (tmp_path / "x").exists()
     metrics = run("--output", tmp_path / "x", "--resume", "auto")
     with pytest.raises(ValueError, match="nothing to resume: the run in .* is finished"):
         run("--output", tmp_path / "x", "--resume")
