@@ -49,7 +49,7 @@ from kd.checkpoint import load_teacher, restore, save, save_model
 from kd.data import DataError, class_names, collate, open_dataset
 from kd.detectors import DETECTORS, build_detector
 from kd.distiller import Distiller, check_pair, check_terms, inherit
-from kd.evaluation import draw_samples, evaluate
+from kd.evaluation import METRICS, draw_samples, evaluate
 from kd.methods import METHODS
 from kd.processes import (
     StopSignal,
@@ -63,12 +63,11 @@ from kd.processes import (
     world_size,
 )
 from kd.runs import append_log, check_same_run, cut_log, describe, is_finished, open_folder, read_run
-from kd.speed import speed_up_teacher
+from kd.speed import AMP, speed_up_teacher
 from kd.timing import Stopwatch
 
 PATIENCE = 50  # batches after which each distillation loss must have been above zero once
 TEACHER_CHECK = 500  # validation images on which the teacher's AP is measured before training
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +105,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sync-bn", action="store_true", help="batch norm over the images of all GPUs, for training from scratch")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", choices=("bf16", "fp16", "off"), help="autocast; default: bf16 where the hardware has it")
+    add("--amp", choices=AMP, help="autocast; default: bf16 where the hardware has it")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="data loading processes")
     add("--seed", type=int, default=0)
     # files
@@ -151,7 +150,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     to_resume = open_folder(output, args.resume)
     if is_finished(output):
         say(f"{output} is finished")
-        return read_run(output)
+        line = read_run(output)
+        return {name: line[name] for name in METRICS}
 
     # teacher
     teacher, teacher_row, teacher_detections = None, None, []

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp and the type of its autocast
+
 BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNormAct2d)
 
 
