@@ -74,7 +74,9 @@ def key_region(quality: Tensor, positions: Tensor, top_k: int, variance: float =
 
 def attentions(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the spatial [N, H, W] and channel [N, C, H, W] attention of features [N, C, H, W]; both have mean 1."""
-    spatial = (features.abs().mean(dim=1).flatten(1) / temperature).softmax(dim=1) * features[0, 0].numel()
+    # Here and below, not a mean over channels: its gradient loses channels_last, and what follows is 7 x slower.
+    spatial = (features.abs().sum(dim=1).flatten(1) / features.shape[1] / temperature).softmax(dim=1)
+    spatial = spatial * features[0, 0].numel()
     return spatial.view_as(features[:, 0]), (features.abs() / temperature).softmax(dim=1) * features.shape[1]
 
 
@@ -103,7 +105,8 @@ def pgd_reg_loss(
     student, teacher = checked(student, teacher, region)
     channel_s, channel_t = attentions(student, temperature)[1], attentions(teacher, temperature)[1]
     difference, chosen = channel_t * (student - teacher).square(), region != 0
-    loss = gamma * region * difference.mean(dim=1) + delta * chosen * (channel_s - channel_t).abs().sum(dim=1)
+    mean = difference.sum(dim=1) / difference.shape[1]
+    loss = gamma * region * mean + delta * chosen * (channel_s - channel_t).abs().sum(dim=1)
     return loss.sum() / chosen.sum().clamp(min=1)
 
 

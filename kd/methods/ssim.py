@@ -68,9 +68,10 @@ def blur(x: Tensor, window: int, sigma: float) -> Tensor:
     radius = min(window // 2, H - 1, W - 1)
     taps = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device).square().div(-2 * sigma**2).softmax(dim=0)
     # A variance is the small difference of two of these means. Autocast would round them to half precision, and cuDNN,
-    # which takes over where the layout is channels_last, to TF32.
+    # which takes over where the layout is channels_last, to TF32. On a CPU channels_last is twice as fast.
+    layout = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
     with torch.autocast(x.device.type, enabled=False):
-        x = pad(x.contiguous(), (radius,) * 4, mode="reflect")
+        x = pad(x.contiguous(memory_format=layout), (radius,) * 4, mode="reflect")
         x = conv2d(x, taps.view(1, 1, 1, -1).expand(C, 1, 1, -1), groups=C)
         return conv2d(x, taps.view(1, 1, -1, 1).expand(C, 1, -1, 1), groups=C)
 
@@ -103,15 +104,17 @@ def ssim_map(
     if min(alpha, beta, gamma) < 0 or alpha == beta == gamma == 0 or gamma != int(gamma):
         raise ValueError(f"alpha, beta and gamma must be at least 0, not all 0, gamma whole: {alpha}, {beta}, {gamma}")
     teacher = teacher.detach()
-    mu_t, tt = blur(torch.cat([teacher, teacher.square()]), window, sigma).chunk(2)
-    mu_s, ss, st = blur(torch.cat([student, student.square(), student * teacher]), window, sigma).chunk(3)
-    var_s, var_t, cov = ss - mu_s.square(), tt - mu_t.square(), st - mu_s * mu_t
+    mu_s, mu_t = blur(student, window, sigma), blur(teacher, window, sigma)
+    product, squares = mu_s * mu_t, mu_s.square() + mu_t.square()
+    cov = blur(student * teacher, window, sigma) - product
+    var_sum = blur(student.square() + teacher.square(), window, sigma) - squares  # var_s + var_t
 
-    luminance = (2 * mu_s * mu_t + C1) / (mu_s.square() + mu_t.square() + C1)
+    luminance = (2 * product + C1) / (squares + C1)
     if alpha == beta == gamma == 1:
-        return luminance * (2 * cov + C2) / (var_s + var_t + C2)
+        return luminance * (2 * cov + C2) / (var_sum + C2)
+    var_t = blur(teacher.square(), window, sigma) - mu_t.square()
     # Rounding can push a variance below 0, and at 0 the root has no finite slope.
-    var_s, var_t = var_s.clamp(min=0) + 1e-12, var_t.clamp(min=0) + 1e-12
+    var_s, var_t = (var_sum - var_t).clamp(min=0) + 1e-12, var_t.clamp(min=0) + 1e-12
     std_product = var_s.sqrt() * var_t.sqrt()
     contrast = (2 * std_product + C2) / (var_s + var_t + C2)
     structure = (cov + C3) / (std_product + C3)
@@ -128,8 +131,10 @@ def dissimilarity(student: Tensor, teacher: Tensor, normalize: str = "image", **
         normalize: "image" or "channel", see `stretch`.
         **ssim: window, sigma and exponents of `ssim_map`, which also says what it refuses.
     """
-    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
-    return (1 - ssim_map(stretch(student, normalize), stretch(teacher, normalize), **ssim)).mean(dim=1) / 2
+    student, teacher = (at_least_float32(x) for x in (student, teacher.detach()))
+    similarity = ssim_map(stretch(student, normalize), stretch(teacher, normalize), **ssim)
+    # Not a mean over channels: its gradient loses channels_last, and what follows in the backward pass is 7 x slower.
+    return (1 - similarity.sum(dim=1) / similarity.shape[1]) / 2
 
 
 def ssim_loss(student: Tensor, teacher: Tensor, normalize: str = "image", **ssim) -> Tensor:

@@ -114,7 +114,8 @@ def tid_losses(student: Tensor, teacher: Tensor, areas: Tensor) -> Tensor:
     if student.shape != teacher.shape or areas.shape[1:] != student[:, 0].shape:
         shapes = [tuple(t.shape) for t in (student, teacher, areas)]
         raise ValueError(f"features [N, C, H, W], twice, and areas [3, N, H, W] must agree, not {shapes}")
-    difference = (at_least_float32(student) - at_least_float32(teacher.detach())).square().mean(dim=1)
+    difference = (at_least_float32(student) - at_least_float32(teacher.detach())).square()
+    difference = difference.sum(dim=1) / difference.shape[1]  # mean's gradient loses channels_last: backward 7 x slower
     areas = areas.to(difference)
     return (areas * difference).sum(dim=(1, 2, 3)) / areas.sum(dim=(1, 2, 3)).clamp(min=1)
 
