@@ -27,6 +27,8 @@ single_stage.py does not run). Where it is at odds with the paper or itself:
 - The code pools the boxes of all images from the first image of the batch. Here they are pooled from their own.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
@@ -71,8 +73,8 @@ class PixelRelation(nn.Module):
         super().__init__()
         self.states = nn.Conv2d(channels, 2 * nodes, 1)
         self.nodes = nn.Conv2d(channels, nodes, 1)
-        self.mix_nodes = nn.Conv1d(nodes, nodes, 1)  # the learned adjacency
-        self.mix_states = nn.Conv1d(2 * nodes, 2 * nodes, 1, bias=False)
+        self.mix_nodes = nn.Linear(nodes, nodes)  # the learned adjacency
+        self.mix_states = nn.Linear(2 * nodes, 2 * nodes, bias=False)
         self.extend = nn.Conv2d(2 * nodes, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels, eps=1e-4)
 
@@ -82,7 +84,8 @@ class PixelRelation(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # v sums tens of thousands of positions
             nodes = self.nodes(x).flatten(2)  # [N, d, HW], no activation
             v = self.states(x).flatten(2) @ nodes.mT  # [N, 2d, d], not divided by HW
-            y = self.mix_states((v + self.mix_nodes(v.mT).mT).relu()) @ nodes  # [N, 2d, HW]
+            v = (v + self.mix_nodes(v)).relu()
+            y = (nodes.mT @ self.mix_states(v.mT)).mT  # [N, 2d, HW], in memory channels last, as x is in training
             y = self.extend(y.unflatten(2, x.shape[2:]))
             if y[:, 0].numel() > 1:
                 return x + norm(y)
@@ -91,7 +94,10 @@ class PixelRelation(nn.Module):
 
 
 class RelationMatrix(nn.Module):
-    """How much each object of an image attends to each, P of the equation, for objects of `size` = 9C values."""
+    """How much each object of an image attends to each, P of the equation, for objects of `size` = 9C values.
+
+    Takes all images at once, for each pass through a layer has millions of weights to read.
+    """
 
     def __init__(self, size: int, relation_filter: bool = True):
         super().__init__()
@@ -99,16 +105,18 @@ class RelationMatrix(nn.Module):
         self.phi = nn.Linear(size, size // 2)
         self.filter = nn.Linear(size, MAX_RELATED) if relation_filter else None
 
-    def forward(self, instances: Tensor) -> Tensor:
-        """Return [n, n], rows sum to 1, at least float32, for one image's objects [n, C, 3, 3]."""
-        if self.filter is not None and len(instances) > MAX_RELATED:
-            raise ValueError(f"at most {MAX_RELATED} related objects, not {tuple(instances.shape)}")
-        s = at_least_float32(instances).flatten(1)
+    def forward(self, instances: Sequence[Tensor]) -> list[Tensor]:
+        """Return per image [n, n], rows sum to 1, at least float32, for its objects [n, C, 3, 3]."""
+        counts = [len(s) for s in instances]
+        if self.filter is not None and max(counts) > MAX_RELATED:
+            raise ValueError(f"at most {MAX_RELATED} related objects of an image, not {max(counts)}")
+        s = at_least_float32(torch.cat(instances)).flatten(1)
         with torch.autocast(s.device.type, enabled=False):  # the logits sum a thousand products and are not scaled
-            logits = self.theta(s) @ self.phi(s).mT
+            logits = [theta @ phi.mT for theta, phi in zip(self.theta(s).split(counts), self.phi(s).split(counts))]
             if self.filter is not None:
-                logits = logits * self.filter(s)[:, : len(s)].softmax(dim=1)
-            return logits.softmax(dim=1)
+                filters = self.filter(s).split(counts)
+                logits = [x * w[:, : len(x)].softmax(dim=1) for x, w in zip(logits, filters)]
+            return [x.softmax(dim=1) for x in logits]
 
 
 class InstanceRelation(nn.Module):
@@ -120,10 +128,12 @@ class InstanceRelation(nn.Module):
         self.g = nn.Linear(size, size // 2)
         self.extend = nn.Linear(size // 2, size)
 
-    def forward(self, instances: Tensor) -> Tensor:
-        """Return [n, C, 3, 3] for one image's objects [n, C, 3, 3]."""
-        gathered = self.extend(self.matrix(instances) @ self.g(instances.flatten(1)))
-        return instances + gathered.view_as(instances)
+    def forward(self, instances: Sequence[Tensor]) -> list[Tensor]:
+        """Return per image [n, C, 3, 3] for its objects [n, C, 3, 3]."""
+        counts = [len(s) for s in instances]
+        values = self.g(torch.cat(instances).flatten(1)).split(counts)
+        gathered = torch.cat([P @ g for P, g in zip(self.matrix(instances), values)])
+        return [s + x.view_as(s) for s, x in zip(instances, self.extend(gathered).split(counts))]
 
 
 class DRKD(nn.Module):
@@ -188,15 +198,16 @@ class DRKD(nn.Module):
         relation_loss = instance_loss = 0  # images without boxes add 0 to both, and a gradient to every parameter
         boxes = [largest_first(target["boxes"]) for target in targets]
         for level, stride in enumerate(self.strides):
-            instances = (pool_instances(fpn[level], boxes, stride) for fpn in (fpn_s, fpn_t))
-            for s, t in zip(*instances):  # [M, C, 3, 3] of one image
+            pooled_s, pooled_t = (pool_instances(fpn[level], boxes, stride) for fpn in (fpn_s, fpn_t))
+            for s, t in zip(pooled_s, pooled_t):  # [M, C, 3, 3] of one image
                 instance_loss += frobenius_distance(self.instance_adapters[level](s), t)
-                related_s = self.relation_student[level](s[:MAX_RELATED])
-                related_t = self.relation_teacher[level](t[:MAX_RELATED])
+            related_s = self.relation_student[level]([s[:MAX_RELATED] for s in pooled_s])
+            related_t = self.relation_teacher[level]([t[:MAX_RELATED] for t in pooled_t])
+            for s, t in zip(related_s, related_t):
                 if self.relation == "features":
-                    relation_loss += frobenius_distance(self.relation_adapters[level](related_s), related_t)
+                    relation_loss += frobenius_distance(self.relation_adapters[level](s), t)
                 else:
-                    relation_loss += (related_s - related_t).square().sum()
+                    relation_loss += (s - t).square().sum()
         losses = zip(self.weights.items(), (pixel_loss, relation_loss, instance_loss))
         return {f"loss_drkd_{term}": weight * loss for (term, weight), loss in losses}
 
@@ -211,5 +222,5 @@ class DRKD(nn.Module):
             matrices = (unit.matrix if self.relation == "features" else unit for unit in relation)
             related = zip(matrices, (pool_instances(x, boxes, stride) for x, stride in zip(fpn, self.strides)))
             maps[f"pixel change {name}"] = [(unit(x) - x).abs().mean(dim=1) for unit, x in zip(pixel, fpn)]
-            maps[f"relation matrix {name}"] = [torch.stack([P(s) for s in images]) for P, images in related]
+            maps[f"relation matrix {name}"] = [torch.stack(P(instances)) for P, instances in related]
         return maps
