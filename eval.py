@@ -25,6 +25,7 @@ from kd.data import DataError, class_names, collate, open_dataset
 from kd.distiller import Distiller, check_pair
 from kd.evaluation import draw_samples, evaluate
 from kd.explain import draw_explanation
+from kd.speed import keep_freed_memory
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """List several runs, explain one, or evaluate it."""
+    keep_freed_memory()
     folder = Path(args.run)
     if not (folder / "model.pt").exists():
         print(format_table(compare(collect(folder)), args.markdown))

@@ -63,7 +63,7 @@ from kd.processes import (
     world_size,
 )
 from kd.runs import append_log, check_same_run, cut_log, describe, is_finished, open_folder, read_run
-from kd.speed import AMP, speed_up_teacher
+from kd.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.timing import Stopwatch
 
 PATIENCE = 50  # batches after which each distillation loss must have been above zero once
@@ -124,6 +124,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, evaluate and save one detector as the arguments say; return COCO's twelve numbers."""
+    keep_freed_memory()
     settle(args)
     device = join_processes(args.device)
     say = print if rank() == 0 else lambda *_: None
@@ -440,7 +441,7 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
 
     base = 0.02 if args.detector == "faster_rcnn" else 0.01
     lr = args.lr or base * args.batch_size * world_size() / 16
-    optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def factor(iteration: int) -> float:
         drops = sum(iteration >= share * iterations for share in (2 / 3, 11 / 12))

@@ -36,13 +36,14 @@ from kd.evaluation import evaluate
 from kd.features import forward_detector
 from kd.methods import METHODS
 from kd.shapes import Shapes
-from kd.speed import AMP, speed_up_teacher
+from kd.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.timing import Stopwatch
 from kd.transforms import augmentation
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure what the arguments ask for, and print a table or JSON."""
+    keep_freed_memory()
     torch.manual_seed(0)
     device, deadline = torch.device(args.device), time.monotonic() + 60 * args.minutes
     cases = [
@@ -141,7 +142,7 @@ def batch(size: int, batch_size: int, device: torch.device) -> tuple[list, list]
 def step_of(module: nn.Module, losses: Callable[[], dict], stopwatch: Stopwatch) -> Callable[[], None]:
     """Return a training step: losses, backward, update by SGD with momentum."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, 1e-6, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameters, 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def step() -> None:
         total = sum(losses().values())

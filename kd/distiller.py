@@ -55,13 +55,16 @@ class Distiller(nn.Module):
         part = self.stopwatch.part
         with part("transform"):
             images, targets = self.student.transform(images, targets)
+        if self.method is None:
+            with part("student"):
+                return forward_detector(self.student, images, targets)[1]
+
+        # The teacher first: what it computes on its way is freed before the student's activations begin to pile up.
+        with part("teacher"), torch.no_grad():
+            teacher_images = self._as_teacher_input(images)
+            teacher_output, _ = forward_detector(self.teacher, teacher_images, needs=self.method.needs)
         with part("student"):
             student_output, losses = forward_detector(self.student, images, targets)
-        if self.method is None:
-            return losses
-
-        with part("teacher"), torch.no_grad():
-            teacher_output, _ = forward_detector(self.teacher, self._as_teacher_input(images), needs=self.method.needs)
         with part("method"):
             terms = self.method(student_output, teacher_output, targets)
         return {**losses, **{name: weight * term for name, term in terms.items()}}

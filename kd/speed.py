@@ -1,6 +1,7 @@
 """What makes a step cheaper and leaves what it computes as it is."""
 
 import copy
+import ctypes
 
 import torch
 from timm.layers import FrozenBatchNormAct2d
@@ -11,7 +12,22 @@ from torchvision.ops import FrozenBatchNorm2d
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp and the type of its autocast
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
 BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNormAct2d)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what freed tensors leave behind, for the whole process, in place of returning it.
+
+    glibc gives every freed block of more than 32 MB back to the kernel, which hands it out again page by page, filled
+    with zeros. From images of 640 pixels on, that is where a step on the CPU spends a quarter of its time. Does nothing
+    where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def speed_up_teacher(teacher: nn.Module, autocast: torch.dtype | None = None) -> nn.Module:
