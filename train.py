@@ -81,6 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", help="the teacher's backbone, likewise")
     add("--teacher-weights", help="model.pt of a teacher's run, or a COCO_V1 state_dict of torchvision")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
+    add("--distill-weight", type=float, default=1.0, help="factor of all of the method's losses")
     add("--inherit", action="store_true", help="start the student from the teacher's pyramid and heads")
     add("--pretrained", action="store_true", help="start the student's backbone from timm's ImageNet weights")
     add("--pretrained-weights", metavar="FILE", help="the same from a local timm state_dict")
@@ -241,12 +242,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         stopwatch = distiller.stopwatch = Stopwatch(device)
         for images, targets in stopwatch.each("data", progress):
             iteration = epoch * steps_per_epoch + steps
-            weight = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
+            ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
             torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank()]).generate_state(1)[0]))
             images = [image.to(device, non_blocking=True) for image in images]
             boxes = [{k: t[k].to(device, non_blocking=True) for k in ("boxes", "labels")} for t in targets]
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                losses = module(images, boxes, weight)
+                losses = module(images, boxes, args.distill_weight * ramp)
             terms = [name for name in losses if name.startswith(f"loss_{args.method}_")]
             unproven = terms if unproven is None else unproven
             if unproven and any(len(target["labels"]) for target in targets):
@@ -255,7 +256,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     raise RuntimeError(f"{', '.join(unproven)} was zero for {PATIENCE} batches: check the teacher")
 
             with stopwatch.part("backward"):
-                optimizer.zero_grad()
                 scaler.scale(sum(losses.values())).backward()
             with stopwatch.part("optimizer"):
                 scaler.unscale_(optimizer)
@@ -270,13 +270,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
                 scaler.step(optimizer)
                 scaler.update()
+                optimizer.zero_grad()  # here, not before backward: the next forward needs the memory
                 schedule.step()
                 if ema:
                     ema.update(student, iteration)
             steps += 1
 
             sums.update({name: numbers[name] for name in losses})
-            full.update({name: numbers[name] / weight for name in terms})
+            full.update({name: numbers[name] / ramp for name in terms})
             if board:
                 for name in losses:
                     board.add_scalar(f"losses/{name}", numbers[name], iteration)
@@ -416,6 +417,7 @@ def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device
                 "student": args.teacher,
                 "teacher": None,
                 "set": [],
+                "distill_weight": 1.0,
                 "inherit": False,
                 "output": str(folder),
                 "resume": "auto",

@@ -21,7 +21,7 @@ SHAPES_RECIPE = {"epochs": 2, "batch_size": 8, "image_size": [64, 64], "optimize
 COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 
 LEAST = {"epochs": 1, "batch_size": 1, "eval_interval": 1, "max_iterations": 1, "workers": 0, "seed": 0}
-ABOVE_ZERO = ("lr", "clip_grad", "checkpoint_minutes")
+ABOVE_ZERO = ("lr", "distill_weight", "clip_grad", "checkpoint_minutes")
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -63,8 +63,12 @@ def check_names(args: argparse.Namespace) -> None:
         )
     if args.method != "none" and not args.teacher:
         raise ValueError(f"--method {args.method} needs a teacher: add --teacher BACKBONE")
-    if args.method == "none" and (args.teacher or args.teacher_weights or args.set or args.inherit):
-        raise ValueError("--method none has no teacher: leave out --teacher, --teacher-weights, --set and --inherit")
+    if args.method == "none":
+        for name in ("teacher", "teacher_weights", "set", "inherit"):
+            if getattr(args, name):
+                raise ValueError(f"--method none has no teacher: leave out {option(name)}")
+        if args.distill_weight != 1:
+            raise ValueError("--method none has no losses to weight: leave out --distill-weight")
     for backbone in filter(None, (args.student, args.teacher)):
         timm_name(backbone)
     check_detector(args.detector)

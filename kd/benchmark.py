@@ -2,19 +2,25 @@
 
     python -m kd.benchmark --detectors fcos retinanet --methods frs pgd --image-size 320 640
     python -m kd.benchmark --methods frs --amp bf16 --json > frs.json
+    python -m kd.benchmark --batch-size 1 2 4 8 --boxes 0 100 --classes 91 1204
 
-For each detector, method and size, in one process and in turn, so that a noisy machine disturbs all alike:
+For each detector, size, batch size, number of boxes and of classes, in one process and in turn, so that a noisy machine
+disturbs all alike:
 
     a  the student's bare step: torchvision's own detector, its losses, backward, update
     b  the teacher's bare forward: backbone, pyramid and the heads that the method reads, no more
     c  the whole distillation step, as train.py makes it
+    m  the method alone: its losses, and their gradients as far as the networks' outputs
 
-c / (a + b) is what distilling costs beyond its two networks. a and b are always plain float32 in torch's usual memory
-format; --amp and what train.py does by itself count in c alone, so values below 1 are possible. Backbones have the
-frozen norm and stem of pretrained ones; their weights are random.
+c / (a + b) is what distilling costs beyond its two networks. a and b are plain float32 in torch's usual memory format;
+--amp, --compile and what train.py does by itself count in c alone, so values below 1 are possible. Memory is the most
+that a step holds beyond what was there before it. Backbones have the frozen norm and stem of pretrained ones; weights,
+images and boxes are random.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -24,21 +30,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd.checkpoint import save
-from kd.data import collate
+from kd.data import CocoFolder, collate
 from kd.detectors import DETECTORS, FPN_CHANNELS, STRIDES, build_detector, check_detector
 from kd.distiller import Distiller
-from kd.evaluation import evaluate
-from kd.features import forward_detector
+from kd.evaluation import coco_metrics, detect
+from kd.features import DetectorOutput, forward_detector
 from kd.methods import METHODS
-from kd.shapes import Shapes
-from kd.speed import AMP, keep_freed_memory, speed_up_teacher
+from kd.speed import AMP, compile_backbones, keep_freed_memory, speed_up_teacher
 from kd.timing import Stopwatch
 from kd.transforms import augmentation
+
+Step = Callable[[], None]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,21 +55,16 @@ def main(args: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.manual_seed(0)
     device, deadline = torch.device(args.device), time.monotonic() + 60 * args.minutes
-    cases = [
-        (detector, size, method)
-        for size in args.image_size
-        for detector in args.detectors
-        for method in args.methods
-        if serves(method, detector)
-    ]
+    cases = list(itertools.product(args.image_size, args.detectors, args.batch_size, args.boxes, args.classes))
     results = []
-    for detector, size, method in (progress := tqdm(cases, dynamic_ncols=True)):
-        progress.set_description(f"{method} {detector} {size}")
+    for done, (size, detector, batch_size, boxes, classes) in enumerate(progress := tqdm(cases, dynamic_ncols=True)):
+        case = {"detector": detector, "size": size, "batch_size": batch_size, "boxes": boxes, "classes": classes}
+        progress.set_description(" ".join(map(str, case.values())))
         if time.monotonic() > deadline:
-            progress.write(f"stopped after {args.minutes:g} minutes, {len(cases) - len(results)} cases left out")
+            progress.write(f"stopped after {args.minutes:g} minutes, {len(cases) - done} cases left out")
             break
-        results.append(measure_step(args, device, detector, size, method))
-    others = measure_the_rest(args, device)
+        results += [case | result for result in measure_steps(args, device, case)]
+    others = measure_the_rest(args, device) if args.rest else {}
     if args.json:
         print(json.dumps({"arguments": vars(args), "torch": torch.__version__, "steps": results, "rest": others}))
         return
@@ -77,69 +81,111 @@ def serves(method: str, detector: str) -> bool:
     return True
 
 
-def measure_step(args: argparse.Namespace, device: torch.device, detector: str, size: int, method: str) -> dict:
-    """Time a, b and c of one case in turn; return seconds, their ratio, speed, memory and c's parts."""
-    images, targets = batch(size, args.batch_size, device)
+def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) -> list[dict]:
+    """Time a, b, c and m of all methods in turn; return for each method seconds, ratio, speed, memory, c's parts."""
+    detector, sides = case["detector"], sides_of(case["size"])
+    images, targets = random_batch(case, device)
 
     def make(backbone: str) -> nn.Module:
-        return build_detector(detector, backbone, 5, image_size=(size, size), from_scratch=False).to(device)
+        size = (min(sides), max(sides))
+        return build_detector(detector, backbone, case["classes"], image_size=size, from_scratch=False).to(device)
 
-    plain, student, teacher = make(args.student).train(), make(args.student), make(args.teacher).eval()
-    distiller = Distiller(
-        student.to(memory_format=torch.channels_last),
-        speed_up_teacher(make(args.teacher).eval(), AMP[args.amp]),
-        METHODS[method](detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[detector]),
-    )
-    distiller.to(device).train()
-    transformed, _ = plain.transform(images, targets)
-    needs = distiller.method.needs
+    plain, bare_teacher = make(args.student).train(), make(args.teacher).eval()
+    student = make(args.student).to(memory_format=torch.channels_last)
+    teacher = speed_up_teacher(make(args.teacher).eval(), AMP[args.amp])
+    if args.compile:
+        compile_backbones(student, teacher)
+    transformed, scaled_targets = plain.transform(images, targets)
 
-    def bare_teacher() -> None:
+    def teach(needs: tuple[str, ...]) -> None:
         with torch.no_grad():
-            output, _ = forward_detector(teacher, transformed, needs=needs)
+            output, _ = forward_detector(bare_teacher, transformed, needs=needs)
             if "boxes" in needs:
                 output.boxes  # noqa: B018  decoded when first asked for
 
-    def distill() -> dict:
-        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
+
+    def distill(distiller: Distiller) -> dict[str, Tensor]:
+        with autocast():
             return distiller(images, targets)
 
-    steps = {
-        "a": step_of(plain, lambda: plain(images, targets), Stopwatch(device)),
-        "b": bare_teacher,
-        "c": step_of(distiller, distill, distiller.stopwatch),
-    }
-    for step in steps.values():  # the first of each fills caches and allocates
-        time_of(step, device)
-    before = distiller.stopwatch.read()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    def compare(method: nn.Module, outputs: list[DetectorOutput]) -> None:
+        with autocast():
+            total = sum(method(*map(as_leaves, outputs), scaled_targets).values())
+        total.backward()
+
+    steps = {"a": step_of(plain, lambda: plain(images, targets), Stopwatch(device))}
+    distillers = {}
+    for method in (m for m in args.methods if serves(m, detector)):
+        module = METHODS[method](detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[detector])
+        distiller = distillers[method] = Distiller(student, teacher, module).to(device).train()
+        steps["b", module.needs] = lambda needs=module.needs: teach(needs)
+        steps["c", method] = step_of(distiller, lambda d=distiller: distill(d), distiller.stopwatch)
+        with autocast():
+            outputs = distiller.outputs(transformed)
+        steps["m", method] = lambda module=module, outputs=outputs: compare(module, outputs)
+
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}  # the first of each also fills caches
+    before = {method: distiller.stopwatch.read() for method, distiller in distillers.items()}
     seconds = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
             seconds[name].append(time_of(step, device))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        **{"detector": detector, "method": method, "size": size},
-        **median,
-        "spread": {name: (min(values), max(values)) for name, values in seconds.items()},
+
+    results = []
+    for method, distiller in distillers.items():
+        names = {"a": "a", "b": ("b", distiller.method.needs), "c": ("c", method), "m": ("m", method)}
+        times = {letter: seconds[name] for letter, name in names.items()}
+        median = {letter: statistics.median(values) for letter, values in times.items()}
         # The ratio within each round, then the median: what slows the machine for a while does not touch it.
-        "ratio": statistics.median(c / (a + b) for a, b, c in zip(*(seconds[name] for name in "abc"))),
-        "images_per_second": args.batch_size / median["c"],
-        "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "parts": {n: (value - before[n]) / args.repeats for n, value in distiller.stopwatch.read().items()},
-    }
+        ratio = statistics.median(c / (a + b) for a, b, c in zip(times["a"], times["b"], times["c"]))
+        parts = {n: (total - before[method][n]) / args.repeats for n, total in distiller.stopwatch.read().items()}
+        results.append(
+            {
+                "method": method,
+                **median,
+                "spread": {letter: (min(values), max(values)) for letter, values in times.items()},
+                "ratio": ratio,
+                "images_per_second": case["batch_size"] / median["c"],
+                "memory_gb": {letter: memory[name] for letter, name in names.items()},
+                "parts": parts,
+            }
+        )
+    return results
 
 
-def batch(size: int, batch_size: int, device: torch.device) -> tuple[list, list]:
-    """Return images [3, size, size] of the built-in shapes with their targets."""
-    shapes = Shapes(batch_size, 0, size, augmentation(train=False))
-    images, targets = collate([shapes[index] for index in range(batch_size)])
-    targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for target in targets]
-    return [image.to(device) for image in images], targets
+def sides_of(size: str) -> tuple[int, int]:
+    """Return height and width in pixels of "640" or "800x1333"."""
+    sides = [int(side) for side in size.split("x")]
+    return sides[0], sides[-1]
 
 
-def step_of(module: nn.Module, losses: Callable[[], dict], stopwatch: Stopwatch) -> Callable[[], None]:
+def random_batch(case: dict, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Return images [3, h, w] of noise and, for each, `boxes` boxes of 1/20 of the sides to all of them."""
+    height, width = sides_of(case["size"])
+    images, targets = [], []
+    for _ in range(case["batch_size"]):
+        images.append(torch.rand(3, height, width, device=device))
+        extent = 0.05 + 0.95 * torch.rand(case["boxes"], 2, device=device)
+        corner = torch.rand(case["boxes"], 2, device=device) * (1 - extent)
+        boxes = torch.cat([corner, corner + extent], dim=1) * torch.tensor([width, height] * 2, device=device)
+        targets.append({"boxes": boxes, "labels": torch.randint(1, case["classes"], (len(boxes),), device=device)})
+    return images, targets
+
+
+def as_leaves(output: DetectorOutput) -> DetectorOutput:
+    """Return an output cut off from the network, whose tensors collect gradients."""
+
+    def cut(value):
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        return value.detach().requires_grad_() if isinstance(value, Tensor) else value
+
+    return dataclasses.replace(output, **{f.name: cut(getattr(output, f.name)) for f in dataclasses.fields(output)})
+
+
+def step_of(module: nn.Module, losses: Callable[[], dict[str, Tensor]], stopwatch: Stopwatch) -> Step:
     """Return a training step: losses, backward, update by SGD with momentum."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
@@ -147,53 +193,110 @@ def step_of(module: nn.Module, losses: Callable[[], dict], stopwatch: Stopwatch)
     def step() -> None:
         total = sum(losses().values())
         with stopwatch.part("backward"):
-            optimizer.zero_grad()
             total.backward()
         with stopwatch.part("optimizer"):
             optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
 
-def time_of(function: Callable[[], object], device: torch.device) -> float:
+def time_of(step: Step, device: torch.device) -> float:
     """Return the seconds that a call takes, until the device is done with it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    function()
+    step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
+def peak_memory(step: Step, device: torch.device) -> float:
+    """Return the GiB of tensors that a call holds at most, beyond those that were there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**30
+
+
 def measure_the_rest(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Time what stands around the step, at the first detector and size: loading, evaluating, saving."""
-    size = args.image_size[0]
-    shapes = Shapes(32, 0, size, augmentation(train=True))
-    loader = DataLoader(shapes, args.batch_size, num_workers=args.workers, collate_fn=collate)
-    student = build_detector(args.detectors[0], args.student, 5, image_size=(size, size)).to(device)
+    """Time what stands around the step, at the first detector: loading photographs, detecting, scoring, saving."""
+    student = build_detector(args.detectors[0], args.student, 91, image_size=sides_of(args.image_size[0])).to(device)
     optimizer = torch.optim.SGD(student.parameters(), 1e-6, momentum=0.9)
     for parameter in student.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    with tempfile.TemporaryDirectory() as folder:
-        content = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-        saving = time_of(lambda: save(content, Path(folder, "checkpoint.pt")), device)
+    content = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        saving = time_of(lambda: save(content, folder / "checkpoint.pt"), device)
+        photographs = write_photographs(folder, count=64)
+        loader = DataLoader(photographs, args.batch_size[0], num_workers=args.workers, collate_fn=collate)
+        loading = time_of(lambda: list(loader), device)
+        detecting = time_of(lambda: detect(student, loader, device, "student"), device)
+    detections, coco, categories = random_detections(images=5000, each=100, boxes=7)
+    scoring = time_of(lambda: coco_metrics(detections, coco, categories), device)
     return {
-        f"loading, images/s ({args.workers} workers)": len(shapes) / time_of(lambda: list(loader), device),
-        "evaluating, images/s": len(shapes) / time_of(lambda: evaluate(student, loader, device), device),
+        f"loading 640x480 JPEG files, images/s ({args.workers} workers)": len(photographs) / loading,
+        "detecting, images/s": len(photographs) / detecting,
+        "scoring 5,000 images of 100 detections, s": scoring,
         "saving a checkpoint, s": saving,
     }
 
 
+def write_photographs(folder: Path, count: int) -> CocoFolder:
+    """Write JPEG files of 640x480 pixels, about as large as COCO's, with their annotations, and open them."""
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        coarse = torch.nn.functional.interpolate(torch.rand(1, 3, 15, 20), size=(480, 640), mode="bicubic")[0]
+        pixels = (255 * (coarse + 0.05 * torch.randn(3, 480, 640))).clamp(0, 255).to(torch.uint8)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{number}.jpg", quality=90)
+        images.append({"id": number, "file_name": f"{number}.jpg", "width": 640, "height": 480})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": [100, 100, 200, 200]})
+    coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (folder / "instances.json").write_text(json.dumps(coco))
+    return CocoFolder(folder, folder / "instances.json", augmentation(train=True))
+
+
+def random_detections(images: int, each: int, boxes: int) -> tuple[dict, dict, dict[int, dict]]:
+    """Return detections, ground truth in COCO's format and categories: boxes scattered over 640x480 pixels."""
+    categories = {label: {"id": label, "name": str(label)} for label in range(1, 81)}
+    corner, extent = torch.rand(2, images, each, 2) * torch.tensor([320.0, 240.0])
+    labels, scores = torch.randint(1, 81, (images, each)), torch.rand(images, each)
+    found = {
+        n: {"boxes": torch.cat([corner[n], corner[n] + extent[n]], dim=1), "labels": labels[n], "scores": scores[n]}
+        for n in range(images)
+    }
+    annotations = [
+        {"image_id": n, "bbox": corner[n, i].tolist() + extent[n, i].tolist(), "category_id": labels[n, i].item()}
+        for n in range(images)
+        for i in range(boxes)
+    ]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation.update(id=number, iscrowd=0, area=annotation["bbox"][2] * annotation["bbox"][3])
+    images = [{"id": n, "width": 640, "height": 480} for n in range(images)]
+    return found, {"images": images, "annotations": annotations, "categories": list(categories.values())}, categories
+
+
 def print_steps(results: list[dict]) -> None:
-    """Print a line for each case: medians in seconds, and what c's time goes to."""
-    print(f"{'':28}{'a':>8}{'b':>8}{'c':>8}{'c/(a+b)':>9}{'images/s':>10}  parts of c, s")
+    """Print a line for each case and method: medians in seconds, memory in GiB, and what c's time goes to."""
+    columns = ("a", "b", "c", "m", "c/(a+b)", "m/a", "images/s", "GiB a", "GiB c", "GiB m")
+    print(f"method detector         size batch boxes classes{''.join(f'{name:>9}' for name in columns)}  parts of c, s")
     for r in results:
-        name = f"{r['method']} {r['detector']} {r['size']}"
-        parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in r["parts"].items())
-        memory = f", {r['memory_gb']:.1f} GB" if r["memory_gb"] else ""
-        numbers = f"{r['a']:8.3f}{r['b']:8.3f}{r['c']:8.3f}{r['ratio']:9.3f}{r['images_per_second']:10.2f}"
-        print(f"{name:28}{numbers}  {parts}{memory}")
+        case = f"{r['method']:6} {r['detector']:11} {r['size']:>8} {r['batch_size']:5} {r['boxes']:5} {r['classes']:7}"
+        memory = (r["memory_gb"][letter] for letter in "acm")
+        values = (*(r[letter] for letter in "abcm"), r["ratio"], r["m"] / r["a"], r["images_per_second"], *memory)
+        parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in r["parts"].items())
+        print(case + "".join(f"{value:9.3f}" for value in values) + f"  {parts}")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -204,12 +307,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", default=["frs"], choices=METHODS, help=", ".join(METHODS))
     add("--teacher", default="r101", help="backbone")
     add("--student", default="r50", help="backbone")
-    add("--image-size", type=int, nargs="+", default=[320], help="sides of square images in pixels")
-    add("--batch-size", type=int, default=2, help="images per step")
-    add("--repeats", type=int, default=5, help="rounds of a, b and c")
+    add("--image-size", nargs="+", default=["320"], help="in pixels: the side of a square, or HEIGHTxWIDTH")
+    add("--batch-size", type=int, nargs="+", default=[2], help="images per step")
+    add("--boxes", type=int, nargs="+", default=[7], help="boxes per image; 7 is COCO's mean")
+    add("--classes", type=int, nargs="+", default=[91], help="with background; torchvision counts 91 for COCO")
+    add("--repeats", type=int, default=5, help="rounds of all steps")
     add("--minutes", type=float, default=30, help="no case is begun after this time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", choices=AMP, default="off", help="autocast of c")
+    add("--amp", choices=AMP, default="off", help="autocast of c and m")
+    add("--compile", action="store_true", help="torch.compile in c")
+    add("--rest", action="store_true", help="also time loading, detecting, scoring and saving")
     add("--workers", type=int, default=0, help="data loading processes")
     add("--json", action="store_true", help="print JSON, all numbers in it")
     return parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd.runs import read_run
 
-COLUMNS = ("method", "detector", "student", "data", "iterations", "seeds", "AP", "AP50", "gain", "images/s")
+COLUMNS = ("method", "detector", "student", "data", "iterations", "seeds", "AP", "AP50", "gain", "over l2", "images/s")
 
 # What two runs must share to be repetitions of each other, and, without the method's part, to be compared.
 SETTING = (
@@ -15,7 +15,8 @@ SETTING = (
     *("batch_size", "processes", "optimizer", "lr", "clip_grad", "amp", "ema", "sync_bn"),
     *("pretrained", "pretrained_weights"),
 )
-METHOD = ("method", "teacher", "set", "inherit")
+METHOD = ("method", "teacher", "set", "distill_weight", "inherit")
+L2 = {"method": "l2", "set": [], "distill_weight": 1.0, "inherit": False}  # what a method has to beat
 
 
 def collect(folder: Path) -> list[dict]:
@@ -37,21 +38,22 @@ def collect(folder: Path) -> list[dict]:
 def compare(runs: list[dict]) -> list[tuple[str, ...]]:
     """Return a row of COLUMNS for each setting and method, teachers and plain students before what is distilled.
 
-    AP and AP50 are means over the seeds, with the standard deviation where there are several. The gain is that of the
-    mean AP over plain students of the same setting, empty where there are none.
+    AP and AP50 are means over the seeds, with the standard deviation where there are several. Gains are those of the
+    mean AP over plain students, and over l2 at its published weight, of the same setting; empty where there are none.
     """
     groups = defaultdict(list)
     for run in runs:
         groups[key(run, SETTING), key(run, METHOD)].append(run)
-    plain = {setting: members for (setting, _), members in groups.items() if members[0]["method"] == "none"}
+    mean = {group: statistics.mean(run["AP"] for run in members) for group, members in groups.items()}
+    plain = {setting: mean[setting, method] for setting, method in groups if json.loads(method)[0] == "none"}
 
     rows = []
-    for (setting, _), members in groups.items():
-        run, baseline = members[0], plain.get(setting)
-        gain = ""
-        if baseline and run["method"] != "none":
-            gain = f"{statistics.mean(r['AP'] for r in members) - statistics.mean(r['AP'] for r in baseline):+.3f}"
+    for (setting, method), members in groups.items():
+        run = members[0]
+        l2 = mean.get((setting, key(run | L2, METHOD)))
+        ours = mean[setting, method]
         words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
+        words += [f"x {run['distill_weight']:g}"] if run["distill_weight"] != 1 else []
         rows.append(
             (
                 " ".join(words),
@@ -62,12 +64,18 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
                 ", ".join(str(r["seed"]) for r in sorted(members, key=lambda r: r["seed"])),
                 mean_and_spread([r["AP"] for r in members]),
                 mean_and_spread([r["AP50"] for r in members]),
-                gain,
+                gain(ours, plain.get(setting)) if run["method"] != "none" else "",
+                gain(ours, l2) if run["method"] not in ("none", "l2") else "",
                 f"{statistics.median(r['images_per_second'] for r in members):.1f}",
             )
         )
     order = {row: (row[3], row[1], row[4], row[0] != "none", row[2], row[0]) for row in rows}
     return sorted(rows, key=order.get)
+
+
+def gain(ours: float, baseline: float | None) -> str:
+    """Return the difference with its sign, nothing without a baseline."""
+    return "" if baseline is None else f"{ours - baseline:+.3f}"
 
 
 def key(run: dict, names: tuple[str, ...]) -> str:

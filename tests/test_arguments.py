@@ -15,6 +15,8 @@ DISTILL = ("--teacher", "r18", "--method")
         (["--method", "frs"], "--method frs needs a teacher: add --teacher"),
         (["--teacher", "r18"], "none has no teacher"),
         (["--set", "alpha=1"], "none has no teacher"),
+        (["--distill-weight", "2"], "no losses to weight"),
+        ([*DISTILL, "frs", "--distill-weight", "0"], "--distill-weight is 0.0: give a number above 0"),
         ([*DISTILL, "frs", "--set", "gamma=1"], "one of alpha, beta"),
         ([*DISTILL, "frs", "--set", "alpha"], "takes NAME=VALUE"),
         ([*DISTILL, "frs", "--set", "alpha=small"], r"takes alpha as float \| None"),

@@ -89,6 +89,18 @@ def test_the_exported_student_is_the_trained_one(tmp_path):
     assert {n.split(".")[0] for n in checkpoint.keys() - exported.keys()} == {"method"}
 
 
+def test_distill_weight(tmp_path):
+    """A factor of every loss of the method: on the same first batch, half of each, and all of the detection losses."""
+    logged = []
+    for weight in (1, 0.5):
+        words = ("--distill-weight", weight, "--output", tmp_path / str(weight), "--max-iterations", 1)
+        run("--method", "drkd", "--teacher", "r18", *words)
+        logged.append(json.loads((tmp_path / str(weight) / "log.jsonl").read_text())["losses"])
+    whole, half = logged
+    for name, value in whole.items():
+        assert half[name] == pytest.approx(value * (0.5 if name.startswith("loss_drkd_") else 1), rel=1e-5)
+
+
 def test_the_same_seed_gives_the_same_student(tmp_path):
     for name in ("a", "b"):
         run("--output", tmp_path / name)
