@@ -268,16 +268,17 @@ def write_photographs(folder: Path, count: int) -> CocoFolder:
 
 
 def random_detections(images: int, each: int, boxes: int) -> tuple[dict, dict, dict[int, dict]]:
-    """Return detections, ground truth in COCO's format and categories: boxes scattered over 640x480 pixels."""
+    """Return detections, ground truth in COCO's format and categories: scattered boxes, some of them nearly right."""
     categories = {label: {"id": label, "name": str(label)} for label in range(1, 81)}
     corner, extent = torch.rand(2, images, each, 2) * torch.tensor([320.0, 240.0])
+    truth = extent[:, :boxes] * (0.7 + 0.6 * torch.rand(images, boxes, 2))
     labels, scores = torch.randint(1, 81, (images, each)), torch.rand(images, each)
     found = {
         n: {"boxes": torch.cat([corner[n], corner[n] + extent[n]], dim=1), "labels": labels[n], "scores": scores[n]}
         for n in range(images)
     }
     annotations = [
-        {"image_id": n, "bbox": corner[n, i].tolist() + extent[n, i].tolist(), "category_id": labels[n, i].item()}
+        {"image_id": n, "bbox": [*corner[n, i].tolist(), *truth[n, i].tolist()], "category_id": labels[n, i].item()}
         for n in range(images)
         for i in range(boxes)
     ]

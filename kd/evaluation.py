@@ -1,18 +1,28 @@
-"""COCO metrics through pycocotools, and pictures of detections beside the ground truth."""
+"""COCO metrics, and pictures of detections beside the ground truth.
+
+Scored by faster-coco-eval where it is installed, which gives the same numbers ten times as fast, else by pycocotools.
+"""
 
 import contextlib
 import io
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from kd.processes import gather, rank
+
+try:
+    from faster_coco_eval import COCO
+    from faster_coco_eval import COCOeval_faster as COCOeval
+except ImportError:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+SCORER = COCO.__module__.split(".")[0]  # the package that scores
 
 TILE = 128  # pixels of a picture in samples.png, at least; small ones are enlarged
 
@@ -47,20 +57,23 @@ def coco_metrics(detections: dict[int, dict[str, Tensor]], coco: dict, categorie
         coco: ground truth in COCO's format.
         categories: COCO category of each label; detections of other labels are dropped.
     """
-    rows = []
-    for image_id, detection in detections.items():
-        for (x1, y1, x2, y2), score, label in zip(
-            detection["boxes"].tolist(), detection["scores"].tolist(), detection["labels"].tolist()
-        ):
-            if label in categories:
-                rows.append((image_id, x1, y1, x2 - x1, y2 - y1, score, categories[label]["id"]))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+    boxes, scores, labels = (
+        np.concatenate([found[name].double().numpy() for found in detections.values()])
+        for name in ("boxes", "scores", "labels")
+    )
+    image_ids = np.repeat(list(detections), [len(found["scores"]) for found in detections.values()])
+    known = np.isin(labels, list(categories))
+    category_ids = [categories[label]["id"] for label in labels[known].tolist()]
+    extents = boxes[:, 2:] - boxes[:, :2]
+    rows = np.column_stack([image_ids, boxes[:, :2], extents, scores])[known]
+    rows = np.column_stack([rows, category_ids])
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
         truth = COCO()
         truth.dataset = coco
         truth.createIndex()
-        if not rows:  # loadRes refuses an empty list
+        if len(rows) == 0:  # loadRes refuses an empty list
             return dict.fromkeys(METRICS, 0.0)
-        evaluation = COCOeval(truth, truth.loadRes(np.array(rows, dtype=np.float64)), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
         evaluation.params.imgIds = sorted(detections)
         evaluation.evaluate()
         evaluation.accumulate()

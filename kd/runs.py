@@ -14,12 +14,14 @@ import hashlib
 import json
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
 import torch
 import torchvision
 
+from kd.evaluation import SCORER
 from kd.processes import world_size
 
 # What may differ when a run is continued: it changes where and when, not what is computed. Files are compared by hash.
@@ -69,6 +71,7 @@ def describe(args: argparse.Namespace) -> dict:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
+        SCORER: version(SCORER),
         "revision": revision.stdout.strip() or None,
     }
     files = ("train_annotations", "val_annotations", "teacher_weights", "pretrained_weights")

@@ -1,8 +1,14 @@
 """COCO's numbers on detections whose score is known, and the pictures."""
 
+import copy
+
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from kd import evaluation
+from kd.benchmark import random_detections
 from kd.evaluation import METRICS, coco_metrics, draw_samples
 from kd.shapes import Shapes
 
@@ -70,6 +76,21 @@ def test_detections_in_a_crowd_do_not_count(iscrowd, AP50):
     categories = [{"id": 1, "name": "thing"}]
     coco = {"images": [{"id": 1}], "annotations": [region, thing], "categories": categories}
     assert coco_metrics(found, coco, {1: categories[0]})["AP50"] == pytest.approx(AP50)
+
+
+def test_both_scorers_agree(monkeypatch):
+    """Detections of every quality, in a crowd too: twelve numbers from faster-coco-eval are those of pycocotools."""
+    faster = pytest.importorskip("faster_coco_eval")
+    torch.manual_seed(0)
+    detections, coco, categories = random_detections(images=20, each=50, boxes=7)
+    for annotation in coco["annotations"][::5]:
+        annotation["iscrowd"] = 1
+    numbers = []
+    for truth, scorer in ((faster.COCO, faster.COCOeval_faster), (COCO, COCOeval)):
+        monkeypatch.setattr(evaluation, "COCO", truth)
+        monkeypatch.setattr(evaluation, "COCOeval", scorer)
+        numbers.append(coco_metrics(detections, copy.deepcopy(coco), categories))
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-12) and 0 < numbers[1]["AP"] < numbers[1]["AP50"] < 1
 
 
 def test_samples_show_boxes(truth):
