@@ -45,7 +45,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """List several runs, explain one, or evaluate it."""
-    keep_freed_memory()
     folder = Path(args.run)
     if not (folder / "model.pt").exists():
         print(format_table(compare(collect(folder)), args.markdown))
@@ -54,6 +53,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         detector, settings, dataset = open_run(args)
         device = torch.device(args.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         loader = DataLoader(dataset, settings["batch_size"], num_workers=args.workers, collate_fn=collate)
         metrics, detections = evaluate(detector.to(device), loader, device, folder.name)
         for name, value in metrics.items():

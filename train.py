@@ -107,6 +107,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", choices=AMP, help="autocast; default: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile of backbones and pyramids")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="data loading processes")
     add("--seed", type=int, default=0)
     # files
@@ -125,7 +126,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, evaluate and save one detector as the arguments say; return COCO's twelve numbers."""
-    keep_freed_memory()
     settle(args)
     device = join_processes(args.device)
     say = print if rank() == 0 else lambda *_: None
@@ -154,6 +154,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         say(f"{output} is finished")
         line = read_run(output)
         return {name: line[name] for name in METRICS}
+
+    if device.type == "cpu":
+        keep_freed_memory()
 
     # teacher
     teacher, teacher_row, teacher_detections = None, None, []
@@ -187,6 +190,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Decaying faster at first, or a short run's average would be made of its random start.
     ema = ModelEmaV3(student, args.ema, use_warmup=True) if args.ema else None
     evaluated = ema.module if ema else student
+    if args.compile:  # in place: weights and their names stay
+        for network in filter(None, (student, teacher)):
+            network.backbone.compile()
 
     # optimizer
     parameters = [p for p in distiller.parameters() if p.requires_grad]

@@ -13,9 +13,10 @@ disturbs all alike:
     m  the method alone: its losses, and their gradients as far as the networks' outputs
 
 c / (a + b) is what distilling costs beyond its two networks. a and b are plain float32 in torch's usual memory format;
---amp, --compile and what train.py does by itself count in c alone, so values below 1 are possible. Memory is the most
-that a step holds beyond what was there before it. Backbones have the frozen norm and stem of pretrained ones; weights,
-images and boxes are random.
+--amp, --compile and what train.py does by itself count in c alone, so values below 1 are possible. The same ratio of
+multiplications, as torch counts them, says what the method's own layers cost on any machine. Memory is the most that a
+step holds beyond what was there before it. Backbones have the frozen norm and stem of pretrained ones; weights, images
+and boxes are random.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from kd.checkpoint import save
@@ -43,7 +45,7 @@ from kd.distiller import Distiller
 from kd.evaluation import coco_metrics, detect
 from kd.features import DetectorOutput, forward_detector
 from kd.methods import METHODS
-from kd.speed import AMP, compile_backbones, keep_freed_memory, speed_up_teacher
+from kd.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.timing import Stopwatch
 from kd.transforms import augmentation
 
@@ -52,9 +54,10 @@ Step = Callable[[], None]
 
 def main(args: argparse.Namespace) -> None:
     """Measure what the arguments ask for, and print a table or JSON."""
-    keep_freed_memory()
     torch.manual_seed(0)
     device, deadline = torch.device(args.device), time.monotonic() + 60 * args.minutes
+    if device.type == "cpu":
+        keep_freed_memory()
     cases = list(itertools.product(args.image_size, args.detectors, args.batch_size, args.boxes, args.classes))
     results = []
     for done, (size, detector, batch_size, boxes, classes) in enumerate(progress := tqdm(cases, dynamic_ncols=True)):
@@ -94,7 +97,8 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
     student = make(args.student).to(memory_format=torch.channels_last)
     teacher = speed_up_teacher(make(args.teacher).eval(), AMP[args.amp])
     if args.compile:
-        compile_backbones(student, teacher)
+        student.backbone.compile()
+        teacher.backbone.compile()
     transformed, scaled_targets = plain.transform(images, targets)
 
     def teach(needs: tuple[str, ...]) -> None:
@@ -126,7 +130,8 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
             outputs = distiller.outputs(transformed)
         steps["m", method] = lambda module=module, outputs=outputs: compare(module, outputs)
 
-    memory = {name: peak_memory(step, device) for name, step in steps.items()}  # the first of each also fills caches
+    flops = {name: count_flops(step) for name, step in steps.items()}  # the first of each also fills caches
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}
     before = {method: distiller.stopwatch.read() for method, distiller in distillers.items()}
     seconds = {name: [] for name in steps}
     for _ in range(args.repeats):
@@ -149,6 +154,7 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
                 "ratio": ratio,
                 "images_per_second": case["batch_size"] / median["c"],
                 "memory_gb": {letter: memory[name] for letter, name in names.items()},
+                "flops": {letter: flops[name] for letter, name in names.items()},
                 "parts": parts,
             }
         )
@@ -210,6 +216,13 @@ def time_of(step: Step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def count_flops(step: Step) -> int:
+    """Return the floating-point operations of a call's convolutions and matrix products, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def peak_memory(step: Step, device: torch.device) -> float:
@@ -290,12 +303,14 @@ def random_detections(images: int, each: int, boxes: int) -> tuple[dict, dict, d
 
 def print_steps(results: list[dict]) -> None:
     """Print a line for each case and method: medians in seconds, memory in GiB, and what c's time goes to."""
-    columns = ("a", "b", "c", "m", "c/(a+b)", "m/a", "images/s", "GiB a", "GiB c", "GiB m")
+    columns = ("a", "b", "c", "m", "c/(a+b)", "in flops", "m/a", "images/s", "GiB a", "GiB c", "GiB m")
     print(f"method detector         size batch boxes classes{''.join(f'{name:>9}' for name in columns)}  parts of c, s")
     for r in results:
         case = f"{r['method']:6} {r['detector']:11} {r['size']:>8} {r['batch_size']:5} {r['boxes']:5} {r['classes']:7}"
         memory = (r["memory_gb"][letter] for letter in "acm")
-        values = (*(r[letter] for letter in "abcm"), r["ratio"], r["m"] / r["a"], r["images_per_second"], *memory)
+        in_flops = r["flops"]["c"] / (r["flops"]["a"] + r["flops"]["b"])
+        ratios = (r["ratio"], in_flops, r["m"] / r["a"])
+        values = (*(r[letter] for letter in "abcm"), *ratios, r["images_per_second"], *memory)
         parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in r["parts"].items())
         print(case + "".join(f"{value:9.3f}" for value in values) + f"  {parts}")
 

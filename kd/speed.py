@@ -31,15 +31,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def compile_backbones(*detectors: nn.Module) -> None:
-    """Let torch.compile fuse each detector's backbone and pyramid when first run; needs a C++ compiler or a GPU.
-
-    In place, so weights and their names stay. Heads are not compiled: a method reads them block by block.
-    """
-    for detector in detectors:
-        detector.backbone.compile()
-
-
 def speed_up_teacher(teacher: nn.Module, autocast: torch.dtype | None = None) -> nn.Module:
     """Return a teacher with its batch norm folded and channels last; what it computes stays.
 

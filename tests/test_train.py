@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -205,6 +206,18 @@ def test_fp16_skips_steps(tmp_path, monkeypatch):
     state = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
     assert state["scaler"]["scale"] == 2.0**38
     assert all(parameter["step"] == 0 for parameter in state["optimizer"]["state"].values())
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled(tmp_path):
+    """Compiled, the same run computes the same losses, and its student is saved under the names of the plain one."""
+    logged = []
+    for name, words in (("plain", ()), ("compiled", ("--compile", "--ema", "0.9"))):
+        run("--method", "l2", "--teacher", "r18", "--output", tmp_path / name, "--max-iterations", 1, *words)
+        logged.append(json.loads((tmp_path / name / "log.jsonl").read_text())["losses"])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
+    plain, compiled = (load_model(tmp_path / name / "model.pt")[0] for name in ("plain", "compiled"))
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
 def test_moving_average(tmp_path):
