@@ -118,6 +118,7 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
         with autocast():
             total = sum(method(*map(as_leaves, outputs), scaled_targets).values())
         total.backward()
+        method.zero_grad()
 
     steps = {"a": step_of(plain, lambda: plain(images, targets), Stopwatch(device))}
     distillers = {}

@@ -75,6 +75,7 @@ def test_commands(small_world):
         else:
             assert [script, words.pop(0)] == ["-m", "kd.benchmark"]
             words += ["--image-size", "64", "--repeats", "1", "--batch-size", "1", "--device", "cpu"]
+            words += ["--teacher", "test_resnet", "--student", "test_resnet"]
             benchmark.main(benchmark.parse_args(words))
     assert len(done) >= 5
 
