@@ -4,6 +4,7 @@ python eval.py runs/frs-fcos-r101-r50    COCO's twelve numbers of the run's mode
 python eval.py runs/frs-fcos-r101-r50 --explain 139 photo.jpg
                                          explain-139.png and explain-photo.png: the method's maps of two images
 python eval.py runs/                     a table of all runs in a folder
+python eval.py runs/ --curves ap.png     a picture of their AP against epochs
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torchvision.utils import save_image
 from kd.arguments import build_method
 from kd.checkpoint import load, load_model, load_strictly, load_teacher
 from kd.compare import collect, compare, format_table
+from kd.curves import draw_curves, read_curves
 from kd.data import DataError, class_names, collate, open_dataset
 from kd.distiller import Distiller, check_pair
 from kd.evaluation import draw_samples, evaluate
@@ -34,6 +36,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", help="folder of one run, or of several")
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of files or image ids")
+    add("--curves", metavar="FILE", help="draw AP against epochs of several runs, means over seeds")
     add("--markdown", action="store_true", help="print the table of several runs as Markdown")
     add("--teacher-weights", help="for --explain: the teacher's file, instead of the one trained with")
     add("--val-images", help="folder, instead of the one trained with")
@@ -48,6 +51,8 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.run)
     if not (folder / "model.pt").exists():
         print(format_table(compare(collect(folder)), args.markdown))
+        if args.curves:
+            draw_curves(read_curves(folder)).save(args.curves)
     elif args.explain:
         explain(args)
     else:

@@ -62,7 +62,7 @@ from kd.processes import (
     wait_for_all,
     world_size,
 )
-from kd.runs import append_log, check_same_run, cut_log, describe, is_finished, open_folder, read_run
+from kd.runs import append_log, check_same_run, cut_log, describe, is_finished, open_folder, read_evaluations
 from kd.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.timing import Stopwatch
 
@@ -152,8 +152,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     to_resume = open_folder(output, args.resume)
     if is_finished(output):
         say(f"{output} is finished")
-        line = read_run(output)
-        return {name: line[name] for name in METRICS}
+        return {name: read_evaluations(output)[-1][name] for name in METRICS}
 
     if device.type == "cpu":
         keep_freed_memory()
@@ -470,9 +469,9 @@ def print_table(
     name = f"{args.method} {args.student}" if teacher_row else f"plain {args.student}"
     rows = [{"name": name, **metrics, "parameters": count_parameters(student)}]
     if teacher_row:
-        plain = read_run(Path(args.output).parent / run_name(args, "none", args.student))
+        plain = read_evaluations(Path(args.output).parent / run_name(args, "none", args.student))
         if plain:
-            rows.insert(0, {"name": f"plain {args.student}", **plain, "parameters": rows[0]["parameters"]})
+            rows.insert(0, {"name": f"plain {args.student}", **plain[-1], "parameters": rows[0]["parameters"]})
         rows.insert(0, teacher_row)
     width = max(len(row["name"]) for row in rows)
     print(f"\n{args.detector}, {iteration} iterations\n\n{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")

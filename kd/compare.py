@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from kd.runs import read_run
+from kd.runs import read_evaluations
 
 COLUMNS = ("method", "detector", "student", "data", "iterations", "seeds", "AP", "AP50", "gain", "over l2", "images/s")
 
@@ -20,16 +20,16 @@ L2 = {"method": "l2", "set": [], "distill_weight": 1.0, "inherit": False}  # wha
 
 
 def collect(folder: Path) -> list[dict]:
-    """Return every evaluated run below a folder: its args.json together with its last evaluated line.
+    """Return every evaluated run below a folder: its args.json, its last evaluated line, and its folder.
 
     Raises:
         ValueError: there is none.
     """
     runs = []
     for file in sorted(folder.rglob("args.json")):
-        line = read_run(file.parent)
-        if line:
-            runs.append({**json.loads(file.read_text()), **line})
+        lines = read_evaluations(file.parent)
+        if lines:
+            runs.append({**json.loads(file.read_text()), **lines[-1], "folder": file.parent})
     if not runs:
         raise ValueError(f"{folder} is neither a run (no model.pt) nor a folder of evaluated runs")
     return runs
@@ -52,11 +52,9 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
         run = members[0]
         l2 = mean.get((setting, key(run | L2, METHOD)))
         ours = mean[setting, method]
-        words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
-        words += [f"x {run['distill_weight']:g}"] if run["distill_weight"] != 1 else []
         rows.append(
             (
-                " ".join(words),
+                method_name(run),
                 run["detector"],
                 f"{run['teacher']} -> {run['student']}" if run["teacher"] else run["student"],
                 data_name(run),
@@ -71,6 +69,13 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
         )
     order = {row: (row[3], row[1], row[4], row[0] != "none", row[2], row[0]) for row in rows}
     return sorted(rows, key=order.get)
+
+
+def method_name(run: dict) -> str:
+    """Return a run's method with what was changed of it."""
+    words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
+    words += [f"x {run['distill_weight']:g}"] if run["distill_weight"] != 1 else []
+    return " ".join(words)
 
 
 def gain(ours: float, baseline: float | None) -> str:

@@ -113,8 +113,8 @@ def cut_log(folder: Path, epochs: int) -> None:
     (folder / "log.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
-def read_run(folder: Path) -> dict | None:
-    """Return the last evaluated line of a run's log.jsonl, None where there is none."""
+def read_evaluations(folder: Path) -> list[dict]:
+    """Return the lines of a run's log.jsonl that were evaluated, first to last."""
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return next((line for line in reversed(lines) if "AP" in line), None)
+    return [line for line in lines if "AP" in line]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kd.compare import collect, compare, format_table
+from kd.curves import draw_curves, read_curves
 
 SHARED = {
     **{"detector": "fcos", "student": "r18", "data": None, "train_annotations": None, "image_size": [64, 64]},
@@ -28,7 +29,7 @@ def runs(tmp_path):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps({**SHARED, "method": "none", "seed": 0, **changes}))
-        text = json.dumps({"iteration": 400, "AP50": 0.5, "images_per_second": 10.0, **line})
+        text = json.dumps({"epoch": 4, "iteration": 400, "AP50": 0.5, "images_per_second": 10.0, **line})
         (folder / "log.jsonl").write_text(text + "\n")
 
     frs = {"method": "frs", "teacher": "r34", "teacher_weights": "x"}
@@ -72,3 +73,21 @@ def test_formats(runs):
 def test_no_runs(tmp_path):
     with pytest.raises(ValueError, match="nor a folder of evaluated runs"):
         collect(tmp_path)
+
+
+def test_curves(tmp_path):
+    """Means over seeds where several have the epoch. The lines end where their last points are."""
+    logs = {"plain": [0.1, 0.3], "frs 0": [0.2, 0.4], "frs 1": [0.3]}
+    for name, values in logs.items():
+        method, _, seed = name.partition(" ")
+        settings = {**SHARED, "method": method if seed else "none", "teacher": "r34" if seed else None}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({**settings, "seed": int(seed or 0)}))
+        lines = [json.dumps({"epoch": epoch, "AP": ap}) for epoch, ap in enumerate(values, 1)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
+    curves = read_curves(tmp_path)
+    assert curves == {"fcos r18 frs": {1: 0.25, 2: 0.4}, "fcos r18 none": {1: 0.1, 2: 0.3}}
+    picture = draw_curves(curves)
+    # AP 0..0.4 on 360 pixels from y = 390 up, epochs 1 and 2 at x = 60 and 650.
+    assert [picture.getpixel((650, y)) != (255, 255, 255) for y in (30, 120, 60)] == [True, True, False]
+    assert picture.getpixel((60, 390 - 225)) == picture.getpixel((650, 30)) != picture.getpixel((650, 120))

@@ -72,7 +72,7 @@ def test_teacher_student_table(tmp_path, capsys):
 
 
 class _Arguments:
-    val_images = val_annotations = explain = teacher_weights = None
+    val_images = val_annotations = explain = teacher_weights = curves = None
     markdown = False
     device, workers = "cpu", 0
 

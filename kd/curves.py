@@ -1,0 +1,65 @@
+"""AP against epochs of many runs as a picture: a line for each method, the mean over its seeds."""
+
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from kd.compare import collect, method_name
+from kd.runs import read_evaluations
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 440, 60, 30, 250, 50  # of the picture and its margins, pixels
+STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # between two lines of AP
+
+
+def read_curves(folder: Path) -> dict[str, dict[int, float]]:
+    """Return the mean AP over seeds after each evaluated epoch, for each detector, student and method below a folder.
+
+    With --eval-interval 1 that is each epoch, else only the last.
+
+    Raises:
+        ValueError: there are no evaluated runs.
+    """
+    groups = defaultdict(lambda: defaultdict(list))
+    for run in collect(folder):
+        name = f"{run['detector']} {run['student']} {method_name(run)}"
+        for line in read_evaluations(run["folder"]):
+            groups[name][line["epoch"]].append(line["AP"])
+    return {
+        name: {epoch: statistics.mean(values) for epoch, values in sorted(epochs.items())}
+        for name, epochs in sorted(groups.items())
+    }
+
+
+def draw_curves(curves: dict[str, dict[int, float]]) -> Image.Image:
+    """Draw AP, from 0, against epochs, from 1; the legend is in the order of the last AP."""
+    last = max(epoch for curve in curves.values() for epoch in curve)
+    top = max(ap for curve in curves.values() for ap in curve.values())
+    step = next((step for step in STEPS if top / step <= 8), STEPS[-1])
+    top = step * max(math.ceil(top / step), 1)
+    canvas = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+
+    def at(epoch: float, ap: float) -> tuple[float, float]:
+        across = (epoch - 1) / max(last - 1, 1)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - ap / top * (HEIGHT - TOP - BOTTOM)
+
+    for line in range(round(top / step) + 1):
+        draw.line([at(1, line * step), at(last, line * step)], "#dddddd")
+        draw.text((LEFT - 8, at(1, line * step)[1]), f"{line * step:.2f}", "black", font, anchor="rm")
+    for epoch in range(1, last + 1, math.ceil(last / 12)):
+        draw.text((at(epoch, 0)[0], HEIGHT - BOTTOM + 8), str(epoch), "black", font, anchor="mt")
+    draw.text((LEFT, TOP - 8), "AP", "black", font, anchor="rb")
+    draw.text((at(last, 0)[0], HEIGHT - 8), "epochs", "black", font, anchor="rb")
+
+    names = sorted(curves, key=lambda name: -list(curves[name].values())[-1])
+    for row, name in enumerate(names):
+        color = f"hsl({360 * row // len(names)}, 75%, 42%)"
+        points = [at(epoch, ap) for epoch, ap in curves[name].items()]
+        draw.line(points, color, width=2)
+        for x, y in points:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
+        draw.text((WIDTH - RIGHT + 16, TOP + 20 * row), name, color, font, anchor="lm")
+    return canvas
