@@ -12,7 +12,7 @@ COLUMNS = ("method", "detector", "student", "data", "iterations", "seeds", "AP",
 # What two runs must share to be repetitions of each other, and, without the method's part, to be compared.
 SETTING = (
     *("detector", "student", "data", "train_annotations", "val_annotations", "image_size", "multi_scale", "iteration"),
-    *("batch_size", "processes", "optimizer", "lr", "clip_grad", "amp", "ema", "sync_bn"),
+    *("batch_size", "processes", "optimizer", "lr", "clip_grad", "amp", "compile", "ema", "sync_bn"),
     *("pretrained", "pretrained_weights"),
 )
 METHOD = ("method", "teacher", "set", "distill_weight", "inherit")

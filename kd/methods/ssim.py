@@ -131,7 +131,7 @@ def dissimilarity(student: Tensor, teacher: Tensor, normalize: str = "image", **
         normalize: "image" or "channel", see `stretch`.
         **ssim: window, sigma and exponents of `ssim_map`, which also says what it refuses.
     """
-    student, teacher = (at_least_float32(x) for x in (student, teacher.detach()))
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     similarity = ssim_map(stretch(student, normalize), stretch(teacher, normalize), **ssim)
     # Not a mean over channels: its gradient loses channels_last, and what follows in the backward pass is 7 x slower.
     return (1 - similarity.sum(dim=1) / similarity.shape[1]) / 2
