@@ -169,12 +169,12 @@ def sides_of(size: str) -> tuple[int, int]:
 
 
 def random_batch(case: dict, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return images [3, h, w] of noise and, for each, `boxes` boxes of 1/20 of the sides to all of them."""
+    """Return images [3, h, w] of noise and, for each, `boxes` boxes of 1/20 to all of the sides, mostly small."""
     height, width = sides_of(case["size"])
     images, targets = [], []
     for _ in range(case["batch_size"]):
         images.append(torch.rand(3, height, width, device=device))
-        extent = 0.05 + 0.95 * torch.rand(case["boxes"], 2, device=device)
+        extent = 0.05 ** torch.rand(case["boxes"], 2, device=device)
         corner = torch.rand(case["boxes"], 2, device=device) * (1 - extent)
         boxes = torch.cat([corner, corner + extent], dim=1) * torch.tensor([width, height] * 2, device=device)
         targets.append({"boxes": boxes, "labels": torch.randint(1, case["classes"], (len(boxes),), device=device)})
