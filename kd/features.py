@@ -87,8 +87,13 @@ def forward_detector(
     finest = min(detector.backbone.body_strides)
     output = DetectorOutput(fpn, [finest * 2**level for level in range(len(fpn))])
     if isinstance(detector, FasterRCNN):
-        return output, _faster_rcnn(detector, images, features, targets, set(needs), output)
-    return output, _dense(detector, images, targets, set(needs), output)
+        losses = _faster_rcnn(detector, images, features, targets, set(needs), output)
+    else:
+        losses = _dense(detector, images, targets, set(needs), output)
+    if targets is None:  # towers are most of a head's memory, and often only on the way to its logits and boxes
+        for tower in {"cls_tower", "reg_tower"} - set(needs):
+            setattr(output, tower, None)
+    return output, losses
 
 
 def _dense(

@@ -136,6 +136,18 @@ def test_only_what_is_needed_is_computed(batch, detector):
     assert "roi_heads" not in modules_run("boxes", "cls_logits")
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+@torch.no_grad()
+def test_a_teacher_keeps_no_towers_for_nothing(batch, detector):
+    """They are on the way to logits and boxes, and gone afterwards unless a method asked for them."""
+    model = build_detector(detector, "test_resnet", 4, image_size=(48, 64)).eval()
+    images, _ = model.transform(batch[0])
+    output, _ = forward_detector(model, images, needs=("cls_logits", "boxes"))
+    assert output.cls_tower is None and output.reg_tower is None and output.cls_logits and output.boxes
+    output, _ = forward_detector(model, images, needs=("cls_tower", "boxes"))
+    assert output.cls_tower and output.reg_tower is None
+
+
 def test_towers_are_the_blocks_of_the_head(batch):
     """The last block, passed to the last convolution, gives the logits; dense heads have four blocks, the RPN one."""
     for detector, blocks in (("fcos", 4), ("retinanet", 4), ("faster_rcnn", 1)):
