@@ -86,11 +86,10 @@ def serves(method: str, detector: str) -> bool:
 
 def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) -> list[dict]:
     """Time a, b, c and m of all methods in turn; return for each method seconds, ratio, speed, memory, c's parts."""
-    detector, sides = case["detector"], sides_of(case["size"])
+    detector, size = case["detector"], tuple(sorted(sides_of(case["size"])))
     images, targets = random_batch(case, device)
 
     def make(backbone: str) -> nn.Module:
-        size = (min(sides), max(sides))
         return build_detector(detector, backbone, case["classes"], image_size=size, from_scratch=False).to(device)
 
     plain, bare_teacher = make(args.student).train(), make(args.teacher).eval()
@@ -245,7 +244,8 @@ def peak_memory(step: Step, device: torch.device) -> float:
 
 def measure_the_rest(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Time what stands around the step, at the first detector: loading photographs, detecting, scoring, saving."""
-    student = build_detector(args.detectors[0], args.student, 91, image_size=sides_of(args.image_size[0])).to(device)
+    size = tuple(sorted(sides_of(args.image_size[0])))
+    student = build_detector(args.detectors[0], args.student, 91, image_size=size).to(device)
     optimizer = torch.optim.SGD(student.parameters(), 1e-6, momentum=0.9)
     for parameter in student.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -51,11 +51,11 @@ def test_photographs_open(tmp_path):
     assert image.shape == (3, 480, 640) and len(target["boxes"]) == 1
 
 
-def test_table(capsys, monkeypatch):
+def test_table(capsys):
     """A line for each method that serves the detector; without boxes too."""
-    words = "--teacher test_resnet --student test_resnet --image-size 64 --batch-size 1 --repeats 1 --boxes 0 2"
+    words = "--teacher test_resnet --student test_resnet --image-size 64x48 --batch-size 1 --repeats 1 --boxes 0 2"
     methods = "--detectors faster_rcnn --methods l2 pgd --device cpu"
     benchmark.main(benchmark.parse_args([*words.split(), *methods.split()]))
     header, *lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[:6] for line in lines] == [["l2", "faster_rcnn", "64", "1", n, "91"] for n in ("0", "2")]
+    assert [line.split()[:6] for line in lines] == [["l2", "faster_rcnn", "64x48", "1", n, "91"] for n in ("0", "2")]
     assert all(float(number) > 0 for line in lines for number in line.split("  transform")[0].split()[6:])
