@@ -258,7 +258,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             if unproven and any(len(target["labels"]) for target in targets):
                 unproven = check_terms(losses, unproven, student)
                 if unproven and steps - resumed_at >= PATIENCE:
-                    raise RuntimeError(f"{', '.join(unproven)} was zero for {PATIENCE} batches: check the teacher")
+                    raise RuntimeError(
+                        f"{', '.join(unproven)} was zero for {PATIENCE} batches: check the teacher; if that was meant, "
+                        "as with a weight of 0, give a tiny weight such as 1e-9 instead"
+                    )
 
             with stopwatch.part("backward"):
                 scaler.scale(sum(losses.values())).backward()

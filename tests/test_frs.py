@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kd.methods.frs import FRS, feature_richness, frs_feature_loss, frs_head_loss
+from kd.methods.frs import FRS, box_mask, feature_richness, frs_feature_loss, frs_head_loss
 
 
 def sigmoid(x: float) -> float:
@@ -160,7 +160,32 @@ def test_maps(fake_output):
     assert_close(losses["loss_frs_head"], 0.05 * head_loss)
 
 
+def test_box_mask(fake_output):
+    """At stride 8, x from 9 to 16 lies in column 1 and only touches column 2; y from 7 to 25 overlaps rows 0 to 3."""
+    targets = [{"boxes": torch.tensor([[9.0, 7, 16, 25], [0, 0, 1, 1]])}, {"boxes": torch.zeros(0, 4)}]
+    assert box_mask(targets, 8, (4, 3))[0].tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0], [0, 1, 0]]
+    assert not box_mask(targets, 8, (4, 3))[1].any()
+
+    student, teacher = fake_output(1), fake_output(2)
+    method = FRS("fcos", 4, 4, (8, 16, 32), mask="boxes").double()
+    masks = [box_mask(targets, stride, x.shape[2:]) for stride, x in zip((8, 16, 32), teacher.fpn)]
+    assert_close(method.maps(student, teacher, targets)["boxes"], masks)
+    losses, fpn_loss, head_loss = method(student, teacher, targets), 0.0, 0.0
+    for level, mask in enumerate(masks):
+        inside = mask.bool()  # a mean over the cells inside
+        difference = method.adapters[level](student.fpn[level]) - teacher.fpn[level]
+        fpn_loss += difference.square().sum(dim=1)[inside].mean()
+        logits_s, probability = student.cls_logits[level], teacher.cls_logits[level].sigmoid()
+        entropy = -(probability * logits_s.sigmoid().log() + (1 - probability) * (1 - logits_s.sigmoid()).log())
+        head_loss += entropy.sum(dim=(1, 2))[inside].mean()
+    assert_close(losses["loss_frs_fpn"], 0.01 * fpn_loss)
+    assert_close(losses["loss_frs_head"], 0.05 * head_loss)
+    assert all(loss == 0 for loss in method(student, teacher, [targets[1], targets[1]]).values())
+
+
 def test_errors(fake_output):
+    with pytest.raises(ValueError, match='"richness" or "boxes"'):
+        FRS("fcos", 4, 4, (8, 16, 32), mask="box")
     output = fake_output(1)
     richness = feature_richness(output.cls_logits[0])
     with pytest.raises(ValueError, match="must agree"):

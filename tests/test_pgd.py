@@ -456,7 +456,24 @@ def test_maps(fake_output, targets):
         assert_close(maps["background"][level], background)
 
 
+def test_boxes_as_mask(fake_output, targets):
+    """Each position counts 1 in both regions or in the background, whatever the teacher predicts."""
+    method = PGD("fcos", 4, 4, STRIDES, mask="boxes")
+    levels = method.regions(fake_output(2), targets)
+    assert levels[0][:, 0].tolist() == [
+        # boxes (4, 4, 30, 26) and (10, 2, 44, 18), positions at multiples of 8
+        *[[[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]]] * 2,
+        [[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 1]],
+    ]
+    for key, other, background in levels:
+        assert key.equal(other) and key.equal(1 - background) and not key[1].any()
+    losses = method(fake_output(1), fake_output(2), targets)
+    assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+
+
 def test_errors(fake_output, targets):
+    with pytest.raises(ValueError, match='"predictions" or "boxes"'):
+        PGD("fcos", 4, 4, STRIDES, mask="box")
     with pytest.raises(ValueError, match="faster_rcnn"):
         PGD("faster_rcnn", 4, 4, STRIDES)
     output = fake_output(1)

@@ -271,7 +271,26 @@ def test_maps(predictions, targets):
     assert_close(torch.stack([*losses]), expected * torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
 
 
+def test_one_task(targets):
+    """Class right or wrong, box right, near and wrong: what the other task says makes no difference."""
+    truth = targets[0]["boxes"][0]  # 26 x 22 pixels, label 1
+    boxes = torch.stack([truth, truth + torch.tensor([0.0, 0, 30, 0]), truth + torch.tensor([0.0, 0, 400, 0])])
+    boxes = boxes.T.repeat(1, 2).view(1, 1, 4, 1, 6)  # IoU 1, 26 / 56 and 26 / 426, twice
+    logits = torch.zeros(1, 1, 3, 1, 6)
+    logits[0, 0, 1, 0, :3] = logits[0, 0, 2, 0, 3:] = 1.0  # right, then wrong
+    target = [{"boxes": truth[None], "labels": torch.tensor([1])}]
+
+    def scores(tasks: str) -> list[float]:
+        return position_score(logits, boxes, target, 0.5, 0.4, tasks=tasks).flatten().tolist()
+
+    assert scores("both") == pytest.approx([4, 3, 0.8, 0.8, 0.6, 0.16])
+    assert scores("class") == pytest.approx([4, 4, 4, 0.8, 0.8, 0.8])
+    assert scores("box") == pytest.approx([4, 3, 0.8, 4, 3, 0.8])
+
+
 def test_errors(fake_output, targets):
+    with pytest.raises(ValueError, match='"both", "class" or "box"'):
+        TID("fcos", 4, 4, (8, 16, 32), tasks="cls")
     output = fake_output(1)
     logits, boxes = output.cls_logits[0], output.boxes[0]
     with pytest.raises(ValueError, match="boxes"):

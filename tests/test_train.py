@@ -165,6 +165,15 @@ def test_too_few_images(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_loss_that_stays_zero_stops_training(tmp_path, monkeypatch):
+    """A weight of 0 cannot be told from a loss that compares nothing; a tiny one leaves a term out."""
+    monkeypatch.setattr(train, "PATIENCE", 1)
+    teacher = ("--method", "frs", "--teacher", "test_resnet")
+    with pytest.raises(RuntimeError, match="loss_frs_head was zero for 1 batches.* 1e-9"):
+        run(*teacher, "--set", "beta=0", "--output", tmp_path / "zero")
+    run(*teacher, "--set", "beta=1e-9", "--output", tmp_path / "tiny")
+
+
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
     """The optimizer does not step on it; the terms, the iteration and the images are named and written."""
 

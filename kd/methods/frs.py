@@ -13,6 +13,7 @@ cross-entropy of the class scores.
 
 The normaliser is one number per level over the whole batch: channels, anchors and classes are summed, not averaged.
 With several processes each normalises over its own share of the batch. On Faster R-CNN, both losses act on the RPN.
+For the paper's comparison, mask="boxes" weights by what FRS replaces: 1 inside the ground-truth boxes, 0 elsewhere.
 
 Reference code: https://github.com/duzhixing/FRS at decd60c (distill_frs_single.py, distill_frs_two.py, neck/adap.py).
 It agrees with the paper. This file differs in form only: cross-entropy is taken on logits, which is stable and legal
@@ -25,6 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 # (alpha, beta) of the reference configurations.
 WEIGHTS = {"retinanet": (0.005, 0.02), "fcos": (0.01, 0.05), "faster_rcnn": (0.002, 0.1)}
+LEAST = 1e-6  # of a normaliser
 
 
 def feature_richness(cls_logits: Tensor) -> Tensor:
@@ -32,8 +34,21 @@ def feature_richness(cls_logits: Tensor) -> Tensor:
     return at_least_float32(cls_logits.detach()).amax(dim=(1, 2)).sigmoid()
 
 
+def box_mask(targets: list[dict[str, Tensor]], stride: int, size: tuple[int, int]) -> Tensor:
+    """Return 1 for each cell, `stride` pixels wide, that a ground-truth box overlaps, else 0: [N, *size]."""
+    masks = []
+    for target in targets:
+        x1, y1, x2, y2 = target["boxes"][:, :, None].unbind(dim=1)  # [M, 1] each, pixels of the network input
+        top, left = (torch.arange(n, device=x1.device) * stride for n in size)
+        rows, columns = (y1 < top + stride) & (y2 > top), (x1 < left + stride) & (x2 > left)
+        masks.append((rows[:, :, None] & columns[:, None, :]).any(dim=0))
+    return torch.stack(masks).float()
+
+
 def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tensor:
     """Squared feature difference: sum over channels, mean over the batch's positions weighted by richness.
+
+    Where all weights are 0, as a box mask's may be, the loss is 0.
 
     Args:
         student: adapted student features [N, C, H, W].
@@ -49,7 +64,7 @@ def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tens
             f"not {tuple(richness.shape)}"
         )
     difference = (at_least_float32(student) - at_least_float32(teacher.detach())).square().sum(dim=1)
-    return (richness * difference).sum() / richness.sum()
+    return (richness * difference).sum() / richness.sum().clamp(min=LEAST)
 
 
 def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tensor) -> Tensor:
@@ -70,7 +85,7 @@ def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tens
         )
     probability = at_least_float32(teacher_logits.detach()).sigmoid()
     cross_entropy = binary_cross_entropy_with_logits(at_least_float32(student_logits), probability, reduction="none")
-    return (richness * cross_entropy.sum(dim=(1, 2))).sum() / richness.sum()
+    return (richness * cross_entropy.sum(dim=(1, 2))).sum() / richness.sum().clamp(min=LEAST)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -85,9 +100,13 @@ class FRS(nn.Module):
         detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weights.
         student_channels: channels of the student's pyramid levels.
         teacher_channels: channels of the teacher's.
-        strides: one per pyramid level; only their number matters here.
+        strides: one per pyramid level, pixels.
         alpha: weight of the feature loss.
         beta: weight of the head loss.
+        mask: "richness", or "boxes" to compare it with.
+
+    Raises:
+        ValueError: another mask.
     """
 
     needs = ("fpn", "cls_logits")
@@ -101,8 +120,12 @@ class FRS(nn.Module):
         strides: tuple[int, ...],
         alpha: float | None = None,
         beta: float | None = None,
+        mask: str = "richness",
     ):
         super().__init__()
+        if mask not in ("richness", "boxes"):
+            raise ValueError(f'mask must be "richness" or "boxes", not {mask!r}')
+        self.mask, self.strides = mask, tuple(strides)
         self.alpha, self.beta = WEIGHTS[detector]
         self.alpha = self.alpha if alpha is None else alpha
         self.beta = self.beta if beta is None else beta
@@ -114,22 +137,28 @@ class FRS(nn.Module):
         Args:
             student: has fpn, a list over levels of [N, C, H, W], and cls_logits, of [N, A, K, H, W].
             teacher: the same, constants.
-            targets: not read; the teacher alone says where to look.
+            targets: not read, unless the mask is "boxes": then per image boxes [M, 4], xyxy pixels.
         """
         fpn_loss = head_loss = 0
-        for level, adapter in enumerate(self.adapters):
-            richness = feature_richness(teacher.cls_logits[level])
+        for level, (adapter, richness) in enumerate(zip(self.adapters, self.weights(teacher, targets))):
             fpn_loss += frs_feature_loss(adapter(student.fpn[level]), teacher.fpn[level], richness)
             head_loss += frs_head_loss(student.cls_logits[level], teacher.cls_logits[level], richness)
         return {"loss_frs_fpn": self.alpha * fpn_loss, "loss_frs_head": self.beta * head_loss}
 
+    def weights(self, teacher, targets: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Return what a position counts in both losses, of each level [N, H, W] in 0..1."""
+        if self.mask == "richness":
+            return [feature_richness(logits) for logits in teacher.cls_logits]
+        sizes = (logits.shape[-2:] for logits in teacher.cls_logits)
+        return [box_mask(targets, stride, size) for stride, size in zip(self.strides, sizes)]
+
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
         """Return maps of each level by name, [N, H, W] in 0..1; arguments as in `forward`.
 
-        "richness teacher" is the weight of a position in both losses. "richness student", which no loss reads, shows
-        where the student would look by itself.
+        "richness teacher", or "boxes", is the weight of a position in both losses. "richness student", which no loss
+        reads, shows where the student would look by itself.
         """
         return {
-            "richness teacher": [feature_richness(logits) for logits in teacher.cls_logits],
+            "richness teacher" if self.mask == "richness" else "boxes": self.weights(teacher, targets),
             "richness student": [feature_richness(logits) for logits in student.cls_logits],
         }

@@ -136,6 +136,7 @@ class PGD(nn.Module):
         top_k: positions per ground-truth box, all levels together; 9 for ATSS.
         xi: share of the IoU in the quality, for the classification and for the regression tower.
         level_weights: lambda_l, at least one per level.
+        mask: "predictions", or "boxes" to compare them with: all positions inside a ground-truth box count 1.
     """
 
     needs = ("cls_tower", "reg_tower", "cls_logits", "boxes")
@@ -154,10 +155,14 @@ class PGD(nn.Module):
         top_k: int = 30,
         xi: tuple[float, float] = (0.8, 0.6),
         level_weights: tuple[float, ...] = (1.0, 1.25, 1.5, 1.75, 2.0),
+        mask: str = "predictions",
     ):
         super().__init__()
         if detector not in ("retinanet", "fcos"):
             raise ValueError(f"PGD reads a dense head's class scores and two towers, which {detector} does not have")
+        if mask not in ("predictions", "boxes"):
+            raise ValueError(f'mask must be "predictions" or "boxes", not {mask!r}')
+        self.mask = mask
         self.strides, self.level_weights, self.top_k, self.xi = tuple(strides), level_weights, top_k, xi
         self.alpha, self.gamma, self.delta, self.temperature = alpha, gamma, delta, temperature
         same = student_channels == teacher_channels
@@ -173,8 +178,12 @@ class PGD(nn.Module):
         xy = torch.cat(xy)  # [P, 2]
         images = []
         for n, target in enumerate(targets):
-            keys = [key_region(box_quality(logits[n], boxes[n], xy, target, xi), xy, self.top_k) for xi in self.xi]
-            images.append(torch.stack([*keys, ~inside_boxes(xy, target["boxes"]).any(dim=0)]))
+            inside = inside_boxes(xy, target["boxes"]).any(dim=0)
+            if self.mask == "predictions":
+                keys = [key_region(box_quality(logits[n], boxes[n], xy, target, xi), xy, self.top_k) for xi in self.xi]
+            else:
+                keys = [inside.to(boxes), inside.to(boxes)]
+            images.append(torch.stack([*keys, ~inside]))
         levels = torch.stack(images, dim=1).split([size.numel() for size in sizes], dim=2)  # [3, N, H * W] each
         return [level.unflatten(2, size) for level, size in zip(levels, sizes)]
 

@@ -46,6 +46,7 @@ def position_score(
     t_pos: float,
     t_neg: float,
     scores: tuple[float, float, float] = SCORES,
+    tasks: str = "both",
 ) -> Tensor:
     """Grade each position of a level by its class and its box, [N, H, W]; 0 on images without ground truth.
 
@@ -56,6 +57,7 @@ def position_score(
         t_pos: IoU from which a box scores high.
         t_neg: IoU up to which it scores low.
         scores: high, middle, low.
+        tasks: "both", or the one to grade by, "class" or "box"; the other then scores high everywhere.
 
     Raises:
         ValueError: shapes do not agree.
@@ -76,8 +78,8 @@ def position_score(
         iou, matched = (x.view(A, H, W) for x in iou.max(dim=1))
         right = cls_logits[n, :, 0] >= 0 if K == 1 else cls_logits[n].argmax(dim=1) == target["labels"][matched]
         # Without IoU > 0, boxes that touch nothing would be held against whichever ground truth is listed first.
-        score_c = torch.where(right & (iou > 0), high, low)
-        score_r = torch.where(iou >= t_pos, high, torch.where(iou > t_neg, middle, low))
+        score_c = torch.where(right & (iou > 0) | (tasks == "box"), high, low)
+        score_r = torch.where((iou >= t_pos) | (tasks == "class"), high, torch.where(iou > t_neg, middle, low))
         score[n] = (score_c * score_r).amax(dim=0)
     return score
 
@@ -132,11 +134,11 @@ class TID(nn.Module):
         detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default thresholds.
         student_channels, teacher_channels: of the pyramid levels.
         strides: one per pyramid level; only their number matters here.
-        t_pos, t_neg, scores: see `position_score`; scores must fall. Key positions are those of at least high * middle.
+        t_pos, t_neg, scores, tasks: see `position_score`; scores must fall. Key are positions of high * middle or more.
         key_weight, weak_weight, rest_weight: of the areas.
 
     Raises:
-        ValueError: t_neg is above t_pos, or scores do not fall.
+        ValueError: t_neg is above t_pos, scores do not fall, or there are no such tasks.
     """
 
     needs = ("fpn", "cls_logits", "boxes")
@@ -154,6 +156,7 @@ class TID(nn.Module):
         key_weight: float = AREA_WEIGHTS[0],
         weak_weight: float = AREA_WEIGHTS[1],
         rest_weight: float = AREA_WEIGHTS[2],
+        tasks: str = "both",
     ):
         super().__init__()
         self.t_pos, self.t_neg = THRESHOLDS[detector]
@@ -161,7 +164,9 @@ class TID(nn.Module):
         self.t_neg = self.t_neg if t_neg is None else t_neg
         if self.t_neg > self.t_pos or not scores[0] > scores[1] > scores[2]:
             raise ValueError(f"t_neg {self.t_neg} must not exceed t_pos {self.t_pos}, and scores {scores} must fall")
-        self.scores = scores
+        if tasks not in ("both", "class", "box"):
+            raise ValueError(f'tasks must be "both", "class" or "box", not {tasks!r}')
+        self.scores, self.tasks = scores, tasks
         self.weights = {"key": key_weight, "weak": weak_weight, "rest": rest_weight}
         self.adapters = nn.ModuleList(nn.Conv2d(student_channels, teacher_channels, 1) for _ in strides)
 
@@ -182,11 +187,10 @@ class TID(nn.Module):
 
     def grade(self, student, teacher, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return of each level the student's and the teacher's scores [N, H, W], and their areas [3, N, H, W]."""
-        levels = []
+        levels, how = [], (self.t_pos, self.t_neg, self.scores, self.tasks)
         for level in range(len(self.adapters)):
             score_s, score_t = (
-                position_score(x.cls_logits[level], x.boxes[level], targets, self.t_pos, self.t_neg, self.scores)
-                for x in (student, teacher)
+                position_score(x.cls_logits[level], x.boxes[level], targets, *how) for x in (student, teacher)
             )
             levels.append((score_s, score_t, split_areas(score_s, score_t, self.scores[0] * self.scores[1])))
         return levels
