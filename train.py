@@ -256,7 +256,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             terms = [name for name in losses if name.startswith(f"loss_{args.method}_")]
             unproven = terms if unproven is None else unproven
             if unproven and any(len(target["labels"]) for target in targets):
-                unproven = check_terms(losses, unproven, student)
+                unproven = check_terms(losses, terms, unproven, student)
                 if unproven and steps - resumed_at >= PATIENCE:
                     raise RuntimeError(
                         f"{', '.join(unproven)} was zero for {PATIENCE} batches: check the teacher; if that was meant, "

@@ -138,8 +138,10 @@ def num_classes(detector: nn.Module) -> int:
     return detector.head.classification_head.num_classes
 
 
-def check_terms(losses: dict[str, Tensor], terms: Collection[str], student: nn.Module) -> list[str]:
-    """Make sure that distillation losses reach the student; return the names of those that are still zero.
+def check_terms(
+    losses: dict[str, Tensor], terms: Collection[str], unproven: Collection[str], student: nn.Module
+) -> list[str]:
+    """Make sure that distillation losses reach the student; return the names of those that are still unproven.
 
     A single term may be zero on a batch for a reason (no position where the teacher beats the student, say), so it is
     to be looked at again on the next batch. All of them zero, or one without gradient, means that the method does not
@@ -149,17 +151,18 @@ def check_terms(losses: dict[str, Tensor], terms: Collection[str], student: nn.M
 
     Args:
         losses: what Distiller returned, graph still alive.
-        terms: names of the distillation losses to look at.
+        terms: names of the distillation losses.
+        unproven: those of them to look at, at first all.
         student: the network that must receive gradients.
 
     Raises:
         RuntimeError: as above; names the term.
     """
-    zero = [name for name in terms if losses[name].item() == 0]
-    if len(zero) == len(terms):
-        raise RuntimeError(f"{', '.join(zero)} is zero: teacher and student agree exactly, or nothing is compared")
+    if all(losses[name].item() == 0 for name in terms):
+        raise RuntimeError(f"{', '.join(terms)} is zero: teacher and student agree exactly, or nothing is compared")
+    zero = [name for name in unproven if losses[name].item() == 0]
     parameters = [p for p in student.parameters() if p.requires_grad]
-    for name in set(terms) - set(zero):
+    for name in set(unproven) - set(zero):
         loss = losses[name]
         if not loss.requires_grad:
             raise RuntimeError(f"{name} = {loss.item():.4g} has no gradient: it does not depend on the student")

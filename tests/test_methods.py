@@ -106,7 +106,7 @@ def test_one_training_step(networks, name, detector, amp):
     terms = [key for key in losses if key.startswith(f"loss_{name}_")]
     assert terms and all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
     if not amp:
-        check_terms(losses, terms, student)
+        check_terms(losses, terms, terms, student)
     sum(losses.values()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in distiller.parameters())
     assert all(p.grad is None for p in teacher.parameters())
