@@ -323,6 +323,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             share_buffers(evaluated)
             metrics, detections = evaluate(evaluated, eval_loader(val_set, args), device, args.student)
             line.update(metrics)
+            line["teacher_AP"] = teacher_row["AP"] if teacher_row else None
             if rank() == 0:
                 save_image(draw_samples(val_set, [*teacher_detections, detections]), output / "samples.png")
             if board:

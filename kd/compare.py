@@ -7,7 +7,10 @@ from pathlib import Path
 
 from kd.runs import read_evaluations
 
-COLUMNS = ("method", "detector", "student", "data", "iterations", "seeds", "AP", "AP50", "gain", "over l2", "images/s")
+COLUMNS = (
+    *("method", "detector", "student", "data", "iterations", "seeds", "teacher", "AP", "AP50", "gain", "over l2"),
+    "images/s",
+)
 
 # What two runs must share to be repetitions of each other, and, without the method's part, to be compared.
 SETTING = (
@@ -38,7 +41,8 @@ def collect(folder: Path) -> list[dict]:
 def compare(runs: list[dict]) -> list[tuple[str, ...]]:
     """Return a row of COLUMNS for each setting and method, teachers and plain students before what is distilled.
 
-    AP and AP50 are means over the seeds, with the standard deviation where there are several. Gains are those of the
+    AP and AP50 are means over the seeds, with the standard deviation where there are several. The teacher's is its AP,
+    as measured before training, and says so where it is not above the student's. Gains are those of the
     mean AP over plain students, and over l2 at its published weight, of the same setting; empty where there are none.
     """
     groups = defaultdict(list)
@@ -60,6 +64,7 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
                 data_name(run),
                 str(run["iteration"]),
                 ", ".join(str(r["seed"]) for r in sorted(members, key=lambda r: r["seed"])),
+                teacher_ap(members, ours),
                 mean_and_spread([r["AP"] for r in members]),
                 mean_and_spread([r["AP50"] for r in members]),
                 gain(ours, plain.get(setting)) if run["method"] != "none" else "",
@@ -76,6 +81,15 @@ def method_name(run: dict) -> str:
     words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
     words += [f"x {run['distill_weight']:g}"] if run["distill_weight"] != 1 else []
     return " ".join(words)
+
+
+def teacher_ap(members: list[dict], ours: float) -> str:
+    """Return the mean AP of the runs' teachers, marked unless it is above the students' mean; nothing without one."""
+    values = [run["teacher_AP"] for run in members if run.get("teacher_AP") is not None]
+    if not values:
+        return ""
+    teacher = statistics.mean(values)
+    return f"{teacher:.3f}" if teacher > ours else f"{teacher:.3f} not above"
 
 
 def gain(ours: float, baseline: float | None) -> str:

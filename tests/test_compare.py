@@ -35,13 +35,13 @@ def runs(tmp_path):
     frs = {"method": "frs", "teacher": "r34", "teacher_weights": "x"}
     write("s0/plain", {"AP": 0.40})
     write("s1/plain", {"AP": 0.44}, seed=1)
-    write("s0/frs", {"AP": 0.45, "images_per_second": 6.0}, **frs)
-    write("s1/frs", {"AP": 0.47, "images_per_second": 8.0}, seed=1, **frs)
+    write("s0/frs", {"AP": 0.45, "teacher_AP": 0.48, "images_per_second": 6.0}, **frs)
+    write("s1/frs", {"AP": 0.47, "teacher_AP": 0.45, "images_per_second": 8.0}, seed=1, **frs)
     write("s0/other", {"AP": 0.41}, **{**frs, "set": ["alpha=1"]})
     write("s0/l2", {"AP": 0.43}, **{**frs, "method": "l2"})
     write("s0/l2 half", {"AP": 0.425}, **{**frs, "method": "l2", "distill_weight": 0.5})
     write("s0/teacher", {"AP": 0.50}, student="r34")
-    write("s0/long", {"AP": 0.60, "iteration": 800}, **frs)
+    write("s0/long", {"AP": 0.60, "teacher_AP": 0.50, "iteration": 800}, **frs)
     write("s0/broken", {})
     return tmp_path
 
@@ -49,7 +49,7 @@ def runs(tmp_path):
 def test_rows(runs):
     """Means 0.42 and 0.46: a gain of 0.04. Standard deviation of two values: their difference over the root of 2."""
     rows = compare(collect(runs))
-    assert [(row[0], row[2], row[4], row[5], row[6], row[8], row[9]) for row in rows] == [
+    assert [(row[0], row[2], row[4], row[5], row[7], row[9], row[10]) for row in rows] == [
         ("none", "r18", "400", "0, 1", "0.420 ± 0.028", "", ""),
         ("none", "r34", "400", "0", "0.500", "", ""),
         ("frs", "r34 -> r18", "400", "0, 1", "0.460 ± 0.014", "+0.040", "+0.030"),
@@ -58,14 +58,15 @@ def test_rows(runs):
         ("l2 x 0.5", "r34 -> r18", "400", "0", "0.425", "+0.005", ""),
         ("frs", "r34 -> r18", "800", "0", "0.600", "", ""),
     ]
-    assert {row[3] for row in rows} == {"shapes 64x64"} and rows[2][10] == "7.0"
+    assert {row[3] for row in rows} == {"shapes 64x64"} and rows[2][11] == "7.0"
+    assert [row[6] for row in rows] == ["", "", "0.465", "", "", "", "0.500 not above"]
 
 
 def test_formats(runs):
     rows = compare(collect(runs))
     markdown = format_table(rows, markdown=True).splitlines()
     assert len(markdown) == 2 + len(rows) and markdown[0].startswith("| method | detector | student |")
-    assert all(line.count("|") == 12 for line in markdown)
+    assert all(line.count("|") == 13 for line in markdown)
     text = format_table(rows, markdown=False).splitlines()
     assert len(text) == 1 + len(rows) and len({line.index("fcos") for line in text[1:]}) == 1
 
