@@ -7,10 +7,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from kd.compare import collect, method_name
+from kd.compare import SETTING, collect, key, method_name
 from kd.runs import read_evaluations
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 440, 60, 30, 250, 50  # of the picture and its margins, pixels
+ALIKE = (*(name for name in SETTING if name != "iteration"), "epochs", "max_iterations", "teacher")  # one line's runs
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # between two lines of AP
 
 
@@ -20,11 +21,14 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     With --eval-interval 1 that is each epoch, else only the last.
 
     Raises:
-        ValueError: there are no evaluated runs.
+        ValueError: there are no evaluated runs, or those of one name were not trained alike.
     """
-    groups = defaultdict(lambda: defaultdict(list))
+    groups, settings = defaultdict(lambda: defaultdict(list)), {}
     for run in collect(folder):
         name = f"{run['detector']} {run['student']} {method_name(run)}"
+        first = settings.setdefault(name, run)
+        if key(first, ALIKE) != key(run, ALIKE):
+            raise ValueError(f"{first['folder']} and {run['folder']} were not trained alike: give one setting's folder")
         for line in read_evaluations(run["folder"]):
             groups[name][line["epoch"]].append(line["AP"])
     return {

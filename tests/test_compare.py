@@ -88,6 +88,11 @@ def test_curves(tmp_path):
         (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
     curves = read_curves(tmp_path)
     assert curves == {"fcos r18 frs": {1: 0.25, 2: 0.4}, "fcos r18 none": {1: 0.1, 2: 0.3}}
+    with pytest.raises(ValueError, match="not trained alike"):
+        (tmp_path / "long").mkdir()
+        (tmp_path / "long" / "args.json").write_text(json.dumps({**SHARED, "method": "none", "seed": 1, "epochs": 9}))
+        (tmp_path / "long" / "log.jsonl").write_text(json.dumps({"epoch": 9, "AP": 0.5}))
+        read_curves(tmp_path)
     picture = draw_curves(curves)
     # AP 0..0.4 on 360 pixels from y = 390 up, epochs 1 and 2 at x = 60 and 650.
     assert [picture.getpixel((650, y)) != (255, 255, 255) for y in (30, 120, 60)] == [True, True, False]
