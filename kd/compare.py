@@ -8,7 +8,7 @@ from pathlib import Path
 from kd.runs import read_evaluations
 
 COLUMNS = (
-    *("method", "detector", "student", "data", "iterations", "seeds", "teacher", "AP", "AP50", "gain", "over l2"),
+    *("method", "detector", "student", "data", "iterations", "seed: AP", "teacher", "AP", "AP50", "gain", "over l2"),
     "images/s",
 )
 
@@ -63,7 +63,7 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
                 f"{run['teacher']} -> {run['student']}" if run["teacher"] else run["student"],
                 data_name(run),
                 str(run["iteration"]),
-                ", ".join(str(r["seed"]) for r in sorted(members, key=lambda r: r["seed"])),
+                ", ".join(f"{r['seed']}: {r['AP']:.3f}" for r in sorted(members, key=lambda r: r["seed"])),
                 teacher_ap(members, ours),
                 mean_and_spread([r["AP"] for r in members]),
                 mean_and_spread([r["AP50"] for r in members]),
