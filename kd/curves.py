@@ -18,19 +18,21 @@ STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # between two lines of AP
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     """Return the mean AP over seeds after each evaluated epoch, for each detector, student and method below a folder.
 
-    With --eval-interval 1 that is each epoch, else only the last.
+    With --eval-interval 1 that is each epoch, else only the last. Names tell what else differs between runs.
 
     Raises:
-        ValueError: there are no evaluated runs, or those of one name were not trained alike.
+        ValueError: there are no evaluated runs.
     """
-    groups, settings = defaultdict(lambda: defaultdict(list)), {}
+    named = defaultdict(list)
     for run in collect(folder):
-        name = f"{run['detector']} {run['student']} {method_name(run)}"
-        first = settings.setdefault(name, run)
-        if key(first, ALIKE) != key(run, ALIKE):
-            raise ValueError(f"{first['folder']} and {run['folder']} were not trained alike: give one setting's folder")
-        for line in read_evaluations(run["folder"]):
-            groups[name][line["epoch"]].append(line["AP"])
+        named[f"{run['detector']} {run['student']} {method_name(run)}"].append(run)
+    groups = defaultdict(lambda: defaultdict(list))
+    for name, runs in named.items():
+        differing = [setting for setting in ALIKE if len({key(run, (setting,)) for run in runs}) > 1]
+        for run in runs:
+            label = ", ".join([name, *(f"{setting} {run.get(setting)}" for setting in differing)])
+            for line in read_evaluations(run["folder"]):
+                groups[label][line["epoch"]].append(line["AP"])
     return {
         name: {epoch: statistics.mean(values) for epoch, values in sorted(epochs.items())}
         for name, epochs in sorted(groups.items())
