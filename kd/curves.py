@@ -40,31 +40,32 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_curves(curves: dict[str, dict[int, float]]) -> Image.Image:
-    """Draw AP, from 0, against epochs, from 1; the legend is in the order of the last AP."""
+    """Draw AP, from just below the lowest, against epochs, from 1; the legend is in the order of the last AP."""
     last = max(epoch for curve in curves.values() for epoch in curve)
-    top = max(ap for curve in curves.values() for ap in curve.values())
-    step = next((step for step in STEPS if top / step <= 8), STEPS[-1])
-    top = step * max(math.ceil(top / step), 1)
+    values = [ap for curve in curves.values() for ap in curve.values()]
+    step = next((step for step in STEPS if (max(values) - min(values)) / step <= 8), STEPS[-1])
+    low = math.floor(min(values) / step)  # in steps, as high
+    high = max(math.ceil(max(values) / step), low + 1)
     canvas = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
 
     def at(epoch: float, ap: float) -> tuple[float, float]:
-        across = (epoch - 1) / max(last - 1, 1)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - ap / top * (HEIGHT - TOP - BOTTOM)
+        across, up = (epoch - 1) / max(last - 1, 1), (ap / step - low) / (high - low)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    for line in range(round(top / step) + 1):
+    for line in range(low, high + 1):
         draw.line([at(1, line * step), at(last, line * step)], "#dddddd")
         draw.text((LEFT - 8, at(1, line * step)[1]), f"{line * step:.2f}", "black", font, anchor="rm")
     for epoch in range(1, last + 1, math.ceil(last / 12)):
-        draw.text((at(epoch, 0)[0], HEIGHT - BOTTOM + 8), str(epoch), "black", font, anchor="mt")
+        draw.text((at(epoch, low * step)[0], HEIGHT - BOTTOM + 8), str(epoch), "black", font, anchor="mt")
     draw.text((LEFT, TOP - 8), "AP", "black", font, anchor="rb")
-    draw.text((at(last, 0)[0], HEIGHT - 8), "epochs", "black", font, anchor="rb")
+    draw.text((at(last, low * step)[0], HEIGHT - 8), "epochs", "black", font, anchor="rb")
 
     names = sorted(curves, key=lambda name: -list(curves[name].values())[-1])
     for row, name in enumerate(names):
         color = f"hsl({360 * row // len(names)}, 75%, 42%)"
         points = [at(epoch, ap) for epoch, ap in curves[name].items()]
-        draw.line(points, color, width=2)
+        draw.line(points, color, width=3)
         for x, y in points:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         draw.text((WIDTH - RIGHT + 16, TOP + 20 * row), name, color, font, anchor="lm")
