@@ -288,6 +288,15 @@ def test_one_task(targets):
     assert scores("box") == pytest.approx([4, 3, 0.8, 4, 3, 0.8])
 
 
+@pytest.mark.parametrize("tasks", ["class", "box"])
+def test_by_one_task_nothing_is_weak(predictions, targets, tasks):
+    student, teacher = predictions(1, 1, 4), predictions(2, 1, 4)
+    method = TID("fcos", 4, 4, (8, 16, 32), tasks=tasks).double()
+    areas = [areas for _, _, areas in method.grade(student, teacher, targets)]
+    assert areas[0][0].any() and not any(level[1].any() for level in areas)
+    assert method(student, teacher, targets).keys() == {"loss_tid_key", "loss_tid_rest"}
+
+
 def test_errors(fake_output, targets):
     with pytest.raises(ValueError, match='"both", "class" or "box"'):
         TID("fcos", 4, 4, (8, 16, 32), tasks="cls")

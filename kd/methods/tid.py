@@ -36,6 +36,7 @@ from torchvision.ops import box_iou
 # (t_pos, t_neg): IoU from which a sample is positive, and up to which it is negative. FCOS has none; RetinaNet's serve.
 THRESHOLDS = {"retinanet": (0.5, 0.4), "fcos": (0.5, 0.4), "faster_rcnn": (0.7, 0.3)}
 SCORES = (2.0, 1.5, 0.4)  # high, middle, low: the paper's for IoU; score_c takes the first and the last
+AREAS = ("key", "weak", "rest")
 AREA_WEIGHTS = (2.0, 1.0, 0.5)  # key, weak, rest: our choice, not the paper's
 
 
@@ -167,11 +168,13 @@ class TID(nn.Module):
         if tasks not in ("both", "class", "box"):
             raise ValueError(f'tasks must be "both", "class" or "box", not {tasks!r}')
         self.scores, self.tasks = scores, tasks
-        self.weights = {"key": key_weight, "weak": weak_weight, "rest": rest_weight}
+        self.weights = dict(zip(AREAS, (key_weight, weak_weight, rest_weight)))
+        if tasks != "both":
+            del self.weights["weak"]  # by one task a position is key or scores lowest, so none is weak
         self.adapters = nn.ModuleList(nn.Conv2d(student_channels, teacher_channels, 1) for _ in strides)
 
     def forward(self, student, teacher, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return loss_tid_key, loss_tid_weak and loss_tid_rest, weighted and summed over levels.
+        """Return loss_tid_key, loss_tid_weak (with both tasks) and loss_tid_rest, weighted and summed over levels.
 
         Args:
             student: has fpn, a list over levels of [N, C, H, W], cls_logits, of [N, A, K, H, W], and boxes, of
@@ -183,7 +186,8 @@ class TID(nn.Module):
         levels = zip(self.adapters, student.fpn, teacher.fpn, self.grade(student, teacher, targets))
         for adapter, features_s, features_t, (_, _, areas) in levels:
             losses += tid_losses(adapter(features_s), features_t, areas)
-        return {f"loss_tid_{area}": self.weights[area] * loss for area, loss in zip(self.weights, losses)}
+        losses = dict(zip(AREAS, losses))
+        return {f"loss_tid_{area}": weight * losses[area] for area, weight in self.weights.items()}
 
     def grade(self, student, teacher, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return of each level the student's and the teacher's scores [N, H, W], and their areas [3, N, H, W]."""
@@ -203,4 +207,4 @@ class TID(nn.Module):
         """
         scores_s, scores_t, areas = zip(*self.grade(student, teacher, targets))
         maps = {"score teacher": list(scores_t), "score student": list(scores_s)}
-        return maps | {f"{area} area": [level[i].float() for level in areas] for i, area in enumerate(self.weights)}
+        return maps | {f"{area} area": [level[i].float() for level in areas] for i, area in enumerate(AREAS)}
