@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from kd import benchmark
 from kd.arguments import settle
 from kd.shapes import Shapes
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -40,8 +42,10 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def small_world(tmp_path, monkeypatch):
-    """A working folder with few shapes, and shapes as photographs in place of /path/to/coco."""
+    """A working folder with few shapes, shapes as photographs in place of /path/to/coco, and the logs of our runs."""
     monkeypatch.chdir(tmp_path)
+    with tarfile.open(ROOT / ".github" / "runs.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
     monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 8)
     monkeypatch.setattr(kd.data, "SHAPES_VAL", 6)
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
@@ -115,10 +119,10 @@ def test_pictures_are_there_and_small():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     assert pictures
     for picture in pictures:
-        assert (Path(__file__).parents[1] / picture).stat().st_size < 300_000, picture
+        assert (ROOT / picture).stat().st_size < 300_000, picture
 
 
 def test_every_file_is_in_the_tree():
-    folder = Path(__file__).parents[1] / "kd"
+    folder = ROOT / "kd"
     for file in (*folder.glob("*.py"), *(folder / "methods").glob("*.py")):
         assert file.name == "__init__.py" or file.name in README, file
