@@ -53,7 +53,7 @@ def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tens
     Args:
         student: adapted student features [N, C, H, W].
         teacher: teacher features [N, C, H, W], a constant.
-        richness: [N, H, W], from `feature_richness`.
+        richness: [N, H, W], from `feature_richness` or `box_mask`.
 
     Raises:
         ValueError: shapes do not agree.
@@ -73,7 +73,7 @@ def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tens
     Args:
         student_logits: [N, A, K, H, W].
         teacher_logits: [N, A, K, H, W], a constant.
-        richness: [N, H, W], from `feature_richness`.
+        richness: [N, H, W], from `feature_richness` or `box_mask`.
 
     Raises:
         ValueError: shapes do not agree.
