@@ -41,9 +41,9 @@ def collect(folder: Path) -> list[dict]:
 def compare(runs: list[dict]) -> list[tuple[str, ...]]:
     """Return a row of COLUMNS for each setting and method, teachers and plain students before what is distilled.
 
-    AP and AP50 are means over the seeds, with the standard deviation where there are several. The teacher's is its AP,
-    as measured before training, and says so where it is not above the student's. Gains are those of the
-    mean AP over plain students, and over l2 at its published weight, of the same setting; empty where there are none.
+    AP and AP50 are means over the seeds, with the standard deviation where there are several; "teacher" is its mean AP,
+    measured before training, and marked where it is not above the students'. Gains are those of the mean AP over plain
+    students, and over l2 at its published weight, of the same setting; empty where there are none.
     """
     groups = defaultdict(list)
     for run in runs:

@@ -40,7 +40,7 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_curves(curves: dict[str, dict[int, float]]) -> Image.Image:
-    """Draw AP, from just below the lowest, against epochs, from 1; the legend is in the order of the last AP."""
+    """Draw AP, from the lowest rounded down, against epochs, from 1; the legend is in the order of the last AP."""
     last = max(epoch for curve in curves.values() for epoch in curve)
     values = [ap for curve in curves.values() for ap in curve.values()]
     step = next((step for step in STEPS if (max(values) - min(values)) / step <= 8), STEPS[-1])

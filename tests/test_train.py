@@ -50,6 +50,7 @@ def test_teacher_student_table(tmp_path, capsys):
     assert settings["method"] == "frs" and settings["versions"]["torch"] == torch.__version__
     line = json.loads((tmp_path / "frs" / "log.jsonl").read_text().splitlines()[-1])
     assert line["iteration"] == 3 and line["AP"] == metrics["AP"]
+    assert table[0].split()[2] == f"{line['teacher_AP']:.3f}"
     detection, terms = {"classification", "bbox_regression", "bbox_ctrness"}, {"loss_frs_fpn", "loss_frs_head"}
     assert line["losses"].keys() == detection | terms and line["without_warmup"].keys() == terms
     total = sum(line["losses"][name] for name in detection)

@@ -13,7 +13,7 @@ cross-entropy of the class scores.
 
 The normaliser is one number per level over the whole batch: channels, anchors and classes are summed, not averaged.
 With several processes each normalises over its own share of the batch. On Faster R-CNN, both losses act on the RPN.
-For the paper's comparison, mask="boxes" weights by what FRS replaces: 1 inside the ground-truth boxes, 0 elsewhere.
+For the paper's comparison, mask="boxes" weights by what FRS replaces: 1 where a ground-truth box lies, 0 elsewhere.
 
 Reference code: https://github.com/duzhixing/FRS at decd60c (distill_frs_single.py, distill_frs_two.py, neck/adap.py).
 It agrees with the paper. This file differs in form only: cross-entropy is taken on logits, which is stable and legal

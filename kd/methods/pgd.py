@@ -137,6 +137,9 @@ class PGD(nn.Module):
         xi: share of the IoU in the quality, for the classification and for the regression tower.
         level_weights: lambda_l, at least one per level.
         mask: "predictions", or "boxes" to compare them with: all positions inside a ground-truth box count 1.
+
+    Raises:
+        ValueError: a detector without towers, or another mask.
     """
 
     needs = ("cls_tower", "reg_tower", "cls_logits", "boxes")
@@ -162,8 +165,8 @@ class PGD(nn.Module):
             raise ValueError(f"PGD reads a dense head's class scores and two towers, which {detector} does not have")
         if mask not in ("predictions", "boxes"):
             raise ValueError(f'mask must be "predictions" or "boxes", not {mask!r}')
-        self.mask = mask
-        self.strides, self.level_weights, self.top_k, self.xi = tuple(strides), level_weights, top_k, xi
+        self.mask, self.strides = mask, tuple(strides)
+        self.level_weights, self.top_k, self.xi = level_weights, top_k, xi
         self.alpha, self.gamma, self.delta, self.temperature = alpha, gamma, delta, temperature
         same = student_channels == teacher_channels
         self.cls_adapter = nn.Identity() if same else nn.Conv2d(student_channels, teacher_channels, 1)
@@ -182,7 +185,7 @@ class PGD(nn.Module):
             if self.mask == "predictions":
                 keys = [key_region(box_quality(logits[n], boxes[n], xy, target, xi), xy, self.top_k) for xi in self.xi]
             else:
-                keys = [inside.to(boxes), inside.to(boxes)]
+                keys = [inside.to(boxes)] * len(self.xi)
             images.append(torch.stack([*keys, ~inside]))
         levels = torch.stack(images, dim=1).split([size.numel() for size in sizes], dim=2)  # [3, N, H * W] each
         return [level.unflatten(2, size) for level, size in zip(levels, sizes)]
