@@ -1,10 +1,10 @@
-r"""Train a detector, plain or distilled from a teacher.
+r"""Train a detector, either plain or distilled from a teacher.
 
-On the built-in shapes, where the teacher is trained first:
+On a laptop, with the built-in shapes; the teacher is trained first:
 
     python train.py --method frs --teacher r101 --student r50
 
-On COCO-format data, a teacher or baseline, then a student:
+On one GPU with COCO-format data, first a teacher (or baseline), then a student:
 
     python train.py --method none --student r101 --pretrained --data /path/to/coco
     python train.py --method frs --teacher r101 --student r50 --pretrained --data /path/to/coco \
@@ -15,166 +15,155 @@ On eight GPUs, and on two machines of eight:
     torchrun --nproc-per-node 8 train.py ...
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
-Recipe for COCO-format data: SGD with momentum 0.9 and weight decay 1e-4, learning rate 0.01 (Faster R-CNN 0.02) per 16
-images, scaled linearly with the images that all processes see in a step, 500 iterations of linear warm-up, 12 epochs
-with drops by 10 after two thirds and eleven twelfths. Recipe for the built-in shapes, from scratch: AdamW and one
-cycle of the learning rate.
-
-Everything random in a step follows from the seed, the step and the process, so a run that was killed and continued
-ends with the same student, bit for bit on a CPU, as one that was not.
+Recipe for COCO-format data: SGD with momentum 0.9, weight decay 1e-4, and learning rate 0.01 (Faster R-CNN 0.02) per 16
+images, scaled linearly with the images of all processes; 500 iterations of warm-up; 12 epochs, with the learning rate
+divided by 10 after 2/3 and 11/12 of them. Recipe for the shapes: from scratch with AdamW and a one-cycle schedule.
 """
 
 import argparse
-import json
-import math
-import shlex
-import signal
 import sys
-import time
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision.utils import save_image
-from tqdm import tqdm
 
-from kd.arguments import build_method, run_name, settle
-from kd.checkpoint import load_teacher, restore, save, save_model
-from kd.data import DataError, class_names, collate, open_dataset
-from kd.detectors import DETECTORS, build_detector
-from kd.distiller import Distiller, check_pair, check_terms, inherit
-from kd.evaluation import METRICS, draw_samples, evaluate
-from kd.methods import METHODS
-from kd.processes import (
-    StopSignal,
-    gather,
-    ignore_signals,
-    join_processes,
-    mean_over_processes,
-    rank,
-    share_buffers,
-    wait_for_all,
-    world_size,
-)
-from kd.runs import append_log, check_same_run, cut_log, describe, is_finished, open_folder, read_evaluations
-from kd.speed import AMP, keep_freed_memory, speed_up_teacher
-from kd.timing import Stopwatch
+from kd.data import check_same_classes, open_dataset
+from kd.detectors import DETECTORS, build_detector, check_pair, inherit
+from kd.distiller import Distiller, check_not_zero, check_terms
+from kd.evaluation import evaluate
+from kd.methods import METHODS, build_method
+from kd.run.arguments import plain_arguments, settle
+from kd.run.checkpoint import load_teacher, save_model
+from kd.run.distributed import barrier, init_distributed, rank, say, share_buffers, world_size
+from kd.run.folder import append_log, is_finished, open_folder, print_results, read_evaluations, result
+from kd.run.progress import Progress
+from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
+from kd.tools.samples import draw_samples
 
-PATIENCE = 50  # batches after which each distillation loss must have been above zero once
-TEACHER_CHECK = 500  # validation images on which the teacher's AP is measured before training
+TEACHER_CHECK = 500  # validation images for the teacher's AP before training
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, or a list of its words."""
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or a list of its words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # what
+    # model
     add("--method", default="none", help=f"none, {', '.join(METHODS)}")
     add("--detector", default="fcos", help=", ".join(DETECTORS))
     add("--student", default="r50", help="backbone: r18 r34 r50 r101 r152 or any timm model with feature maps")
-    add("--teacher", help="the teacher's backbone, likewise")
+    add("--teacher", help="backbone of the teacher")
     add("--teacher-weights", help="model.pt of a teacher's run, or a COCO_V1 state_dict of torchvision")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
-    add("--distill-weight", type=float, default=1.0, help="factor of all of the method's losses")
-    add("--inherit", action="store_true", help="start the student from the teacher's pyramid and heads")
-    add("--pretrained", action="store_true", help="start the student's backbone from timm's ImageNet weights")
-    add("--pretrained-weights", metavar="FILE", help="the same from a local timm state_dict")
+    add("--distill-weight", type=float, default=1.0, help="multiplies every distillation loss")
+    add("--inherit", action="store_true", help="initialise the student's FPN and heads from the teacher")
+    add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help="ImageNet backbone; default: timm's")
     # data
-    add("--data", help="folder in COCO's layout: train2017/ val2017/ annotations/instances_*2017.json; default: shapes")
-    add("--train-images", help="folder, instead of --data's")
-    add("--train-annotations", help="JSON file, instead of --data's")
-    add("--val-images", help="folder, instead of --data's")
-    add("--val-annotations", help="JSON file, instead of --data's")
-    add("--image-size", type=int, nargs=2, metavar=("MIN", "MAX"), help="short side and longest side in pixels")
+    add("--data", help="folder with train2017/ val2017/ annotations/instances_*2017.json; default: built-in shapes")
+    add("--train-images", help="folder, instead of the one in --data")
+    add("--train-annotations", help="JSON file, instead of the one in --data")
+    add("--val-images", help="folder, instead of the one in --data")
+    add("--val-annotations", help="JSON file, instead of the one in --data")
+    add("--image-size", type=int, nargs=2, metavar=("MIN", "MAX"), help="short and long side in pixels")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
     add("--multi-scale", action="store_true", help="draw the short side of training images from 0.8 to 1.0 of MIN")
     # schedule
     add("--epochs", type=int, help="passes over the training set")
-    add("--max-iterations", type=int, help="stop after this many steps, then evaluate and save as at an end")
-    add("--batch-size", type=int, help="images per process and step")
-    add("--optimizer", choices=("sgd", "adamw"), help="sgd drops the learning rate in steps, adamw runs one cycle")
+    add("--max-iterations", type=int, help="stop after this many steps, then evaluate and save")
+    add("--batch-size", type=int, help="images per process")
+    add("--optimizer", choices=("sgd", "adamw"), help="sgd: step decay; adamw: one-cycle")
     add("--lr", type=float, help="learning rate, not scaled further; default: the recipe's")
-    add("--clip-grad", type=float, default=35.0, help="largest norm of the gradient")
-    add("--eval-interval", type=int, help="epochs between two evaluations; the last epoch is always evaluated")
-    add("--ema", type=float, metavar="DECAY", help="evaluate and export a moving average of the student, e.g. 0.9998")
+    add("--clip-grad", type=float, default=35.0, help="maximum norm of the gradient")
+    add("--eval-interval", type=int, help="epochs between evaluations; the last epoch is always evaluated")
     add("--sync-bn", action="store_true", help="batch norm over the images of all GPUs, for training from scratch")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", choices=AMP, help="autocast; default: bf16 where the hardware has it")
-    add("--compile", action="store_true", help="torch.compile of backbones and pyramids")
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="data loading processes")
-    add("--seed", type=int, default=0)
-    # files
-    add("--output", help="folder of this run; default: runs/METHOD-DETECTOR-TEACHER-STUDENT")
-    add(
-        "--resume",
-        nargs="?",
-        const="required",
-        choices=("required", "auto"),
-        help="continue the run in --output; auto: if there is one, and begin it otherwise",
-    )
-    add("--tensorboard", action="store_true", help="write losses and COCO's numbers for TensorBoard too")
-    add("--checkpoint-minutes", type=float, default=10.0, help="time between two checkpoints within an epoch")
-    return parser.parse_args(arguments)
+    add("--seed", type=int, default=0, help="of all random numbers")
+    # run
+    add("--output", help="folder of the run; default: runs/METHOD-DETECTOR-TEACHER-STUDENT")
+    resume = {"nargs": "?", "const": "required", "choices": ("required", "auto")}
+    add("--resume", **resume, help="continue the run in --output; auto: start it if it does not exist")
+    return parser.parse_args(words)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    """Train, evaluate and save one detector as the arguments say; return COCO's twelve numbers."""
+    """Train the teacher if the shapes need one, then the detector asked for; return COCO's twelve numbers."""
     settle(args)
-    device = join_processes(args.device)
-    say = print if rank() == 0 else lambda *_: None
-    output = Path(args.output)
+    if is_finished(Path(args.output)):
+        say(f"{args.output} is finished")
+        return read_evaluations(Path(args.output))[-1]
+    if args.method != "none" and args.teacher_weights is None:
+        args.teacher_weights = train_teacher(args)
+    return train(args)
 
-    # data
-    train_set = open_dataset(
-        args.train_images, args.train_annotations, args.image_size, True, args.seed, args.skip_bad_images
-    )
-    val_set = open_dataset(
-        args.val_images, args.val_annotations, args.image_size, False, skip_bad_images=args.skip_bad_images
-    )
-    if class_names(train_set.categories) != class_names(val_set.categories):
-        raise DataError(f"{args.train_annotations} and {args.val_annotations} list different categories")
-    say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
-    steps_per_epoch = len(train_set) // world_size() // args.batch_size
-    if steps_per_epoch == 0:
+
+def train_teacher(args: argparse.Namespace) -> str:
+    """Train a teacher on the built-in shapes unless an earlier run did; return the path of its weights.
+
+    Raises:
+        ValueError: the data is not built in.
+    """
+    if args.train_annotations:
         raise ValueError(
-            f"{len(train_set)} training images are fewer than one batch ({world_size()} x {args.batch_size})"
+            f"no weights for the teacher {args.teacher}. Either train it (the same command with --method none "
+            f"--student {args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a "
+            f"COCO_V1 checkpoint of torchvision's {args.detector}"
         )
-    iterations = args.epochs * steps_per_epoch
-    iterations = min(iterations, args.max_iterations or iterations)
+    teacher_args = plain_arguments(args, args.teacher)
+    folder = Path(teacher_args.output)
+    if not is_finished(folder):
+        say(f"No teacher yet: training {args.teacher} first; {folder} keeps it for later runs.")
+        train(teacher_args)
+    return str(folder / "model.pt")
 
-    to_resume = open_folder(output, args.resume)
-    if is_finished(output):
-        say(f"{output} is finished")
-        return {name: read_evaluations(output)[-1][name] for name in METRICS}
 
+def train(args: argparse.Namespace) -> dict[str, float]:
+    """Train, evaluate and save one detector; return COCO's twelve numbers."""
+    device, output = init_distributed(args.device), Path(args.output)
+    autocast = partial(torch.autocast, device.type, AMP[args.amp], enabled=args.amp != "off")
     if device.type == "cpu":
         keep_freed_memory()
 
+    # data
+    size, skip = args.image_size, args.skip_bad_images
+    train_set = open_dataset(args.train_images, args.train_annotations, size, True, args.seed, skip)
+    val_set = open_dataset(args.val_images, args.val_annotations, size, False, args.seed, skip)
+    check_same_classes(train_set, val_set)
+    say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
+    steps_per_epoch = len(train_set) // (args.batch_size * world_size())
+    if steps_per_epoch == 0:
+        raise ValueError(f"{len(train_set)} training images are fewer than one batch of {args.batch_size} per process")
+    iterations = min(args.epochs * steps_per_epoch, args.max_iterations or sys.maxsize)
+    score = partial(evaluate, dataset=val_set, device=device, batch_size=args.batch_size, workers=args.workers)
+
     # teacher
-    teacher, teacher_row, teacher_detections = None, None, []
+    teacher, results, shown = None, [], {}
     if args.method != "none":
-        teacher, teacher_row, *teacher_detections = get_teacher(args, val_set, device, say)
+        path, name = args.teacher_weights, f"teacher {args.teacher}"
+        teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, size).to(device)
+        metrics, detections = score(teacher, limit=TEACHER_CHECK, name=name)
+        say(f"{name} from {path}: AP {metrics['AP']:.3f} on {len(detections)} validation images")
+        results.append(result(name, metrics, teacher))
+        shown[name] = detections
+        teacher = speed_up_teacher(teacher, AMP[args.amp])
 
     # student
     torch.manual_seed(args.seed)
-    student = build_detector(
-        args.detector,
-        args.student,
-        train_set.num_classes,
-        image_size=args.image_size,
-        pretrained=args.pretrained,
-        pretrained_weights=args.pretrained_weights,
-    ).to(device, memory_format=torch.channels_last)
+    arguments = {
+        "detector": args.detector,
+        "backbone": args.student,
+        "num_classes": train_set.num_classes,
+        "image_size": size,
+        "from_scratch": not args.pretrained,
+    }
+    student = build_detector(**arguments, pretrained=args.pretrained).to(device, memory_format=torch.channels_last)
     if args.multi_scale:
-        student.transform.min_size = tuple(round(args.image_size[0] * (0.8 + 0.04 * step)) for step in range(6))
-    if teacher is not None:
+        student.transform.min_size = tuple(round(size[0] * (0.8 + 0.04 * step)) for step in range(6))
+    if teacher:
         check_pair(student, teacher)
     if args.inherit:
         inherit(student, teacher)
@@ -182,269 +171,89 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         student = convert_sync_batchnorm(student)
 
     # distiller
-    method = build_method(args).to(device) if teacher is not None else None
-    warmup = min(method.warmup, iterations // 10) if method else 0
-    distiller = Distiller(student, teacher, method).to(device)
-    module = DistributedDataParallel(distiller) if world_size() > 1 else distiller
-    # Decaying faster at first, or a short run's average would be made of its random start.
-    ema = ModelEmaV3(student, args.ema, use_warmup=True) if args.ema else None
-    evaluated = ema.module if ema else student
-    if args.compile:  # in place: weights and their names stay
-        for network in filter(None, (student, teacher)):
-            network.backbone.compile()
+    method, warmup = None, 0
+    if teacher:
+        channels = student.backbone.out_channels, teacher.backbone.out_channels
+        method = build_method(args.method, args.detector, *channels, student.backbone.strides, args.set)
+        warmup = min(method.warmup, iterations // 10)
+    distiller = Distiller(student, teacher, method, weight=args.distill_weight, warmup=warmup).to(device)
+    if method:
+        image, target = next(sample for sample in train_set if len(sample[1]["labels"]))
+        images, targets = to_device([image], [target], device)
+        with autocast():
+            zero = check_terms(distiller, images, targets)
+        if zero:
+            say(f"{', '.join(zero)} is zero on the first image; it is checked again after the first epoch")
+    model = DistributedDataParallel(distiller) if world_size() > 1 else distiller
 
     # optimizer
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     optimizer, schedule = make_optimizer(args, parameters, iterations)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    # what a checkpoint holds: the state of these parts, and how far the run is
-    parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    parts.update({"ema": ema} if ema else {})
-    first_epoch = steps = skipped = 0  # steps done in an epoch; steps that fp16 skipped in it
-    sums, full = Counter(), Counter()  # each loss over an epoch's steps; the method's before warm-up
-    description = describe(args)
-    if to_resume:
-        check_same_run(output, description)
-        content = restore(parts, output / "checkpoint.pt")
-        first_epoch, steps, skipped = (content[name] for name in ("epoch", "steps", "skipped"))
-        sums, full = Counter(content["sums"]), Counter(content["full"])
-        say(f"continuing {output} after {steps} steps of epoch {first_epoch + 1}")
-    elif rank() == 0:
-        (output / "args.json").write_text(json.dumps(description, indent=1))
-    if rank() == 0:
-        cut_log(output, first_epoch)
-    say(f"{output}: {', '.join(f'{name} {value}' for name, value in description['versions'].items())}")
-
-    def save_checkpoint() -> None:
-        if rank() == 0:
-            position = {"epoch": epoch, "steps": steps, "skipped": skipped, "sums": dict(sums), "full": dict(full)}
-            save({name: part.state_dict() for name, part in parts.items()} | position, output / "checkpoint.pt")
-
-    board = None
-    if args.tensorboard and rank() == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(output, purge_step=first_epoch * steps_per_epoch + steps)
-
     # epochs
-    stop, saved_at = StopSignal(), time.monotonic()
-    unproven = None  # distillation losses that have not yet been seen to reach the student
-    for epoch in range(first_epoch, math.ceil(iterations / steps_per_epoch)):
-        distiller.train()
-        total_steps = min(steps_per_epoch, iterations - epoch * steps_per_epoch)
-        loader = train_loader(train_set, args, epoch, steps, total_steps)
-        resumed_at, started_at = steps, time.monotonic()
-        progress = tqdm(
-            loader,
-            desc=f"{args.method} {args.student}: epoch {epoch + 1} of {args.epochs}",
-            initial=steps,
-            total=total_steps,
-            disable=rank() > 0,
-            dynamic_ncols=True,
-        )
-        stopping = False
-        stopwatch = distiller.stopwatch = Stopwatch(device)
-        for images, targets in stopwatch.each("data", progress):
-            iteration = epoch * steps_per_epoch + steps
-            ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank()]).generate_state(1)[0]))
-            images = [image.to(device, non_blocking=True) for image in images]
-            boxes = [{k: t[k].to(device, non_blocking=True) for k in ("boxes", "labels")} for t in targets]
-            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                losses = module(images, boxes, args.distill_weight * ramp)
-            terms = [name for name in losses if name.startswith(f"loss_{args.method}_")]
-            unproven = terms if unproven is None else unproven
-            if unproven and any(len(target["labels"]) for target in targets):
-                unproven = check_terms(losses, terms, unproven, student)
-                if unproven and steps - resumed_at >= PATIENCE:
-                    raise RuntimeError(
-                        f"{', '.join(unproven)} was zero for {PATIENCE} batches: check the teacher; if that was meant, "
-                        "as with a weight of 0, give a tiny weight such as 1e-9 instead"
-                    )
-
-            with stopwatch.part("backward"):
-                scaler.scale(sum(losses.values())).backward()
-            with stopwatch.part("optimizer"):
-                scaler.unscale_(optimizer)
-                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-                numbers = {**losses, "gradient norm": norm, "stop": norm.new_tensor(stop.number)}
-                numbers = mean_over_processes(numbers)
-                stopping = numbers.pop("stop") > 0
-                if scaler.is_enabled():  # a scale too large for fp16 shows in the gradient; the scaler skips, lowers it
-                    skipped += not math.isfinite(numbers.pop("gradient norm"))
-                if not all(map(math.isfinite, numbers.values())):
-                    refuse_step(output, iteration, numbers, targets)
-                nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()  # here, not before backward: the next forward needs the memory
-                schedule.step()
-                if ema:
-                    ema.update(student, iteration)
-            steps += 1
-
-            sums.update({name: numbers[name] for name in losses})
-            full.update({name: numbers[name] / ramp for name in terms})
-            if board:
-                for name in losses:
-                    board.add_scalar(f"losses/{name}", numbers[name], iteration)
-            shown = {"loss": f"{sum(numbers[name] for name in losses):.3f}", "lr": f"{schedule.get_last_lr()[0]:.1e}"}
-            progress.set_postfix({**shown, **({"skipped": skipped} if skipped else {})})
-            if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes and not stopping:
-                save_checkpoint()
-                saved_at = time.monotonic()
-            if stopping:
-                break
-        progress.close()
-        seconds = time.monotonic() - started_at
-
-        # checkpoint
-        save_checkpoint()
-        saved_at = time.monotonic()
-        if stopping:
-            leave(stop, output, epoch * steps_per_epoch + steps)
-
-        # evaluation
-        detection = sum(value for name, value in sums.items() if name not in full)
-        line = {
-            "epoch": epoch + 1,
-            "iteration": epoch * steps_per_epoch + steps,
-            "losses": {name: value / steps for name, value in sums.items()},
-            "without_warmup": {name: value / steps for name, value in full.items()},
-            "ratio_to_detection": {name: value / detection for name, value in full.items()},
-            "lr": schedule.get_last_lr()[0],
-            "skipped_steps": skipped,
-            "seconds_per_step": {name: value / (steps - resumed_at or 1) for name, value in stopwatch.read().items()},
-            "images_per_second": (steps - resumed_at) * args.batch_size * world_size() / seconds,
-            "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        }
-        if line["iteration"] == iterations or (args.eval_interval and (epoch + 1) % args.eval_interval == 0):
-            share_buffers(evaluated)
-            metrics, detections = evaluate(evaluated, eval_loader(val_set, args), device, args.student)
-            line.update(metrics)
-            line["teacher_AP"] = teacher_row["AP"] if teacher_row else None
-            if rank() == 0:
-                save_image(draw_samples(val_set, [*teacher_detections, detections]), output / "samples.png")
-            if board:
-                for name, value in metrics.items():
-                    board.add_scalar(f"COCO/{name}", value, line["iteration"])
+    parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    run = {"steps_per_epoch": steps_per_epoch, "iterations": iterations, "seed": args.seed}
+    progress = Progress(output, parts, **run, title=f"{args.method} {args.student}")
+    if open_folder(output, args):
+        progress.resume()
+    for epoch in range(progress.epoch, progress.epochs):
+        loader = progress.loader(train_set, args.batch_size, args.workers)
+        train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autocast, args.clip_grad, device)
+        line = progress.summary()
+        if epoch == 0:
+            check_not_zero({name: line["losses"][name] for name in progress.terms}, steps=progress.step)
+        if epoch + 1 == progress.epochs or (args.eval_interval and (epoch + 1) % args.eval_interval == 0):
+            share_buffers(student)
+            metrics, detections = score(student, name=args.student)
+            line |= {**metrics, "teacher_AP": results[0]["AP"] if teacher else None}
             say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            if rank() == 0:
+                draw_samples(val_set, {**shown, f"student {args.student}": detections}).save(output / "samples.png")
         if rank() == 0:
             append_log(output, line)
-        steps, skipped, sums, full = 0, 0, Counter(), Counter()
-    stop.release()
+        progress.next_epoch()
+    progress.signal.release()
 
-    # the run's results
+    # results
+    results.append(result(f"{args.method if teacher else 'plain'} {args.student}", metrics, student))
     if rank() == 0:
-        arguments = {
-            "detector": args.detector,
-            "backbone": args.student,
-            "num_classes": train_set.num_classes,
-            "image_size": args.image_size,
-            "from_scratch": not (args.pretrained or args.pretrained_weights),
-        }
-        save_model(evaluated, arguments, val_set.categories, output / "model.pt")
-        print_table(args, teacher_row, student, metrics, iterations)
-    wait_for_all()  # the files are there before another process looks for them
+        save_model(student, arguments, val_set.categories, output / "model.pt")
+        print_results(args, results, iterations)
+    barrier()  # the files exist before another process looks for them
     return metrics
 
 
-def train_loader(dataset: Dataset, args: argparse.Namespace, epoch: int, first: int, last: int) -> DataLoader:
-    """Return a loader of this process's batches `first` to `last` (excluded) of an epoch."""
-    dataset.epoch = epoch
-    sampler = DistributedSampler(dataset, world_size(), rank(), seed=args.seed, drop_last=True)
-    sampler.set_epoch(epoch)
-    return DataLoader(
-        dataset,
-        args.batch_size,
-        sampler=list(sampler)[first * args.batch_size : last * args.batch_size],
-        num_workers=args.workers,
-        collate_fn=collate,
-        pin_memory=args.device.startswith("cuda"),
-        worker_init_fn=ignore_signals,
-    )
+def train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autocast, clip_grad, device) -> None:
+    """Train on the batches that the epoch has left.
 
-
-def eval_loader(dataset: Dataset, args: argparse.Namespace, count: int | None = None) -> DataLoader:
-    """Return a loader of this process's share of a validation set, or of its first `count` images."""
-    share = Subset(dataset, range(rank(), min(count or len(dataset), len(dataset)), world_size()))
-    return DataLoader(share, args.batch_size, num_workers=args.workers, collate_fn=collate)
-
-
-def refuse_step(output: Path, iteration: int, numbers: dict[str, float], targets: list[dict]) -> None:
-    """Write nonfinite.json and stop: the optimizer has not seen this batch, and never shall.
-
-    Raises:
-        RuntimeError: always; names what is not finite, the iteration, the images and the checkpoint that is left.
+    images, targets -> Distiller -> {"classification": ..., ...}, {"loss_frs_fpn": ..., ...} -> sum -> backward
     """
-    ids = [image_id for share in gather([target["image_id"] for target in targets]) for image_id in share]
-    if rank() == 0:
-        report = {"iteration": iteration, "values": numbers, "image_ids": ids}
-        (output / "nonfinite.json").write_text(json.dumps(report, indent=1))
-    wait_for_all()
-    names = [name for name, value in numbers.items() if not math.isfinite(value)]
-    kept = output / "checkpoint.pt"
-    raise RuntimeError(
-        f"{', '.join(names)} not finite at iteration {iteration}, images {ids}: all values in "
-        f"{output / 'nonfinite.json'}; "
-        + (f"the last good state is in {kept}" if kept.exists() else "there is no checkpoint yet")
-    )
+    model.train()
+    for images, targets in progress.batches(loader):
+        images, targets = to_device(images, targets, device)
+        with autocast():
+            detection, distillation = model(images, targets)
+        loss = sum([*detection.values(), *distillation.values()])
+
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        progress.record(detection, distillation, norm)  # raises if a loss or the gradient is not finite
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()  # here, so that the next forward can use the memory
+        schedule.step()
 
 
-def leave(stop: StopSignal, output: Path, iteration: int) -> None:
-    """End the process after a signal, with the command that continues the run."""
-    if rank() == 0:
-        launcher = "python" if world_size() == 1 else "torchrun ..."
-        command = shlex.join(sys.argv) + ("" if "--resume" in sys.argv else " --resume auto")
-        print(f"stopped after iteration {iteration}, saved in {output}. To continue:\n{launcher} {command}", flush=True)
-    wait_for_all()
-    sys.exit(128 + (stop.number or signal.SIGTERM))
-
-
-def get_teacher(args: argparse.Namespace, val_set: Dataset, device: torch.device, say) -> tuple[nn.Module, dict, dict]:
-    """Load the teacher, or train it first on the built-in shapes; print its AP before anything is distilled.
-
-    Returns:
-        The teacher, its row of the final table, and its detections by image id.
-
-    Raises:
-        ValueError: no weights given for real data, or weights, classes or detector that do not fit.
-    """
-    if args.teacher_weights is None and args.train_annotations:
-        raise ValueError(
-            f"no weights for the teacher {args.teacher}. Either train one (the same command with --method none "
-            f"--student {args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a "
-            f"COCO_V1 checkpoint of torchvision's {args.detector}"
-        )
-    if args.teacher_weights is None:
-        folder = Path(args.output).parent / run_name(args, "none", args.teacher)
-        if not is_finished(folder):
-            say(f"No teacher yet: training {args.teacher} first; it is kept in {folder} for the next run.")
-            changes = {
-                "method": "none",
-                "student": args.teacher,
-                "teacher": None,
-                "set": [],
-                "distill_weight": 1.0,
-                "inherit": False,
-                "output": str(folder),
-                "resume": "auto",
-            }
-            main(argparse.Namespace(**{**vars(args), **changes}))
-        args.teacher_weights = str(folder / "model.pt")
-    path = args.teacher_weights
-    teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, args.image_size)
-    teacher = teacher.to(device)
-    loader = eval_loader(val_set, args, TEACHER_CHECK)
-    metrics, detections = evaluate(teacher, loader, device, f"teacher {args.teacher}")
-    say(f"Teacher {args.teacher} from {path}: AP {metrics['AP']:.3f} on {len(detections)} validation images.")
-    row = {"name": f"teacher {args.teacher}", **metrics, "parameters": count_parameters(teacher)}
-    return speed_up_teacher(teacher, AMP[args.amp]), row, detections
+def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -> tuple[list[Tensor], list[dict]]:
+    """Return images, and boxes and labels of targets, on a device."""
+    images = [image.to(device, non_blocking=True) for image in images]
+    return images, [{k: target[k].to(device, non_blocking=True) for k in ("boxes", "labels")} for target in targets]
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int):
-    """Return the optimizer and its learning-rate schedule, stepped once an iteration."""
+    """Return the optimizer and its learning-rate schedule, which is stepped every iteration."""
     if args.optimizer == "adamw":
         lr = args.lr or 1e-3
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05, fused=True)
@@ -455,33 +264,10 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def factor(iteration: int) -> float:
-        drops = sum(iteration >= share * iterations for share in (2 / 3, 11 / 12))
+        drops = sum(iteration >= part * iterations for part in (2 / 3, 11 / 12))
         return min(1.0, (iteration + 1) / 500) * 0.1**drops
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def count_parameters(detector: nn.Module) -> int:
-    """Return the number of parameters, frozen ones included."""
-    return sum(parameter.numel() for parameter in detector.parameters())
-
-
-def print_table(
-    args: argparse.Namespace, teacher_row: dict | None, student: nn.Module, metrics: dict[str, float], iteration: int
-) -> None:
-    """Print teacher, plain student (if that run exists) and this run's student."""
-    name = f"{args.method} {args.student}" if teacher_row else f"plain {args.student}"
-    rows = [{"name": name, **metrics, "parameters": count_parameters(student)}]
-    if teacher_row:
-        plain = read_evaluations(Path(args.output).parent / run_name(args, "none", args.student))
-        if plain:
-            rows.insert(0, {"name": f"plain {args.student}", **plain[-1], "parameters": rows[0]["parameters"]})
-        rows.insert(0, teacher_row)
-    width = max(len(row["name"]) for row in rows)
-    print(f"\n{args.detector}, {iteration} iterations\n\n{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")
-    for row in rows:
-        numbers = "".join(f"{row[key]:8.3f}" for key in ("AP", "AP50", "AP75"))
-        print(f"{row['name']:{width}}{numbers}{row['parameters'] / 1e6:12.1f} M")
 
 
 if __name__ == "__main__":

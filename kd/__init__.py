@@ -1,8 +1,9 @@
 """Knowledge distillation for object detectors, native to torchvision and timm.
 
-Letters used in every docstring:
+Reading order: methods/frs.py (or another method), distiller.py, features.py, ../train.py, detectors/, evaluation.py;
+then, as needed, data/, run/ and tools/. Imports point from the end of this list to its start; methods import nothing.
 
-N images of a batch, L pyramid levels (finest first), C channels, H and W height and width of a level in positions,
-h and w height and width of an image in pixels, A anchors per position, K classes (background included, as in
-torchvision; 1 for an RPN), M ground-truth boxes of an image, R proposals.
+Letters in all docstrings: N images of a batch, L pyramid levels (finest first), C channels, H and W height and width of
+a level in positions, h and w height and width of an image in pixels, A anchors per position, K classes (background
+included, as in torchvision; 1 for an RPN), M ground-truth boxes of an image, R proposals, D detections.
 """

@@ -1,8 +1,12 @@
-"""One explicit forward per detector family that keeps what a distillation method wants to see.
+"""One explicit forward per detector family that returns what the detector computed.
 
-torchvision's own forward returns losses or detections and throws the rest away. `forward_detector` takes the same
-steps in the same order, calling torchvision's modules and losses, and returns the intermediate results as a
-DetectorOutput. With targets, the losses are bit for bit those of `detector(images, targets)`.
+torchvision's forward returns losses or detections and discards everything else. `forward_detector` takes the same steps
+in the same order with torchvision's own modules, and also returns the intermediate results as a DetectorOutput. Given
+targets, its losses equal those of `detector(images, targets)` to the last bit.
+
+Under autocast, head outputs are converted to float32. torchvision's box coders round anchors to the dtype of the
+predictions: in bfloat16, coordinates near pixel 1000 are multiples of 4. The RPN rounds the ground truth as well, so a
+narrow box becomes empty and its regression target nan.
 """
 
 from collections.abc import Collection
@@ -15,31 +19,32 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-CLASSIFICATION = {"cls_tower", "cls_logits"}
-REGRESSION = {"reg_tower", "bbox_regression", "boxes"}
+from kd.detectors.backbone import at_least_float32
 
 
 @dataclass
 class DetectorOutput:
-    """What a detector computed for one batch. Lists run over the pyramid levels, finest first.
+    """What a detector computed for one batch. Lists run over pyramid levels, finest first.
 
-    Dense detectors have P3..P7 and their two towers; Faster R-CNN has P2..P6, its RPN's shared convolutions as both
-    towers, and objectness (K = 1) as class logits. What was not asked for is None.
+    FCOS and RetinaNet have levels P3..P7 and two towers. For Faster R-CNN, with levels P2..P6, everything comes from
+    the RPN: its shared convolution stands for both towers, objectness (K = 1) for the class logits.
+
+    All tensors are float32, except the towers, which keep the dtype of autocast. What was not computed is None.
 
     Attributes:
-        fpn: [N, C, H, W], the pyramid's outputs.
-        strides: pixels of the padded input per position, nominal: 2 to the power of the level.
-        cls_tower: per level a list over the blocks of the classification tower, each [N, C, H, W].
+        fpn: FPN outputs, [N, C, H, W].
+        cls_tower: for each level, the outputs of each block (convolution, norm, ReLU) of the classification tower,
+            [N, C, H, W].
         reg_tower: the same for the regression tower.
         cls_logits: [N, A, K, H, W].
-        bbox_regression: [N, A, 4, H, W], as torchvision's head gives it (FCOS: left, top, right, bottom over the
-            stride; else the deltas of torchvision's BoxCoder).
-        anchors: [A, 4, H, W], xyxy pixels of the padded input, centred on the positions. torchvision steps them by
-            image size // map size, which on levels that do not divide the image is less than the nominal stride.
+        bbox_regression: [N, A, 4, H, W], as torchvision's head returns it: left, top, right, bottom in strides for
+            FCOS, otherwise the deltas of torchvision's BoxCoder.
+        anchors: [A, 4, H, W], xyxy pixels of the padded input, centred on the positions. torchvision places them every
+            (image size // map size) pixels, which is less than the stride where the stride does not divide the image.
+        box_coder: torchvision's, decodes `bbox_regression`.
     """
 
     fpn: list[Tensor]
-    strides: list[int]
     cls_tower: list[list[Tensor]] | None = None
     reg_tower: list[list[Tensor]] | None = None
     cls_logits: list[Tensor] | None = None
@@ -49,17 +54,17 @@ class DetectorOutput:
 
     @cached_property
     def boxes(self) -> list[Tensor]:
-        """Predicted boxes of each level, [N, A, 4, H, W], xyxy pixels of the padded input, unclipped, in float32.
+        """Predicted boxes of each level, [N, A, 4, H, W], xyxy pixels of the padded input, not clipped.
 
-        Decoded by torchvision's own box coder when first asked for; differentiable.
+        Decoded by torchvision's box coder on first access; differentiable.
         """
         return [self._decode(deltas, anchors) for deltas, anchors in zip(self.bbox_regression, self.anchors)]
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         N, A, _, H, W = deltas.shape
-        deltas = deltas.permute(0, 3, 4, 1, 2).reshape(-1, 4)
-        anchors = anchors.permute(2, 3, 0, 1).reshape(1, -1, 4).expand(N, -1, 4).reshape(-1, 4)
-        # RetinaNet's and the RPN's coder has decode_single for one flat set of boxes, FCOS's has only decode.
+        deltas = deltas.permute(0, 3, 4, 1, 2).reshape(-1, 4)  # [NHWA, 4]
+        anchors = anchors.permute(2, 3, 0, 1).reshape(1, -1, 4).expand(N, -1, 4).reshape(-1, 4)  # [NHWA, 4]
+        # decode_single is the version for one flat set of boxes; FCOS's coder has only decode.
         decode = getattr(self.box_coder, "decode_single", self.box_coder.decode)
         return decode(deltas, anchors).reshape(N, H, W, A, 4).permute(0, 3, 4, 1, 2)
 
@@ -70,91 +75,81 @@ def forward_detector(
     targets: list[dict[str, Tensor]] | None = None,
     needs: Collection[str] = (),
 ) -> tuple[DetectorOutput, dict[str, Tensor]]:
-    """Run a detector on transformed images and keep what it computed.
+    """Run a detector on transformed images.
 
     Args:
-        detector: a torchvision detector made by `kd.detectors.build_detector`.
-        images: what `detector.transform` returned: normalised, padded [N, 3, h, w] and the sizes before padding.
-        targets: transformed targets, boxes [M, 4] xyxy pixels of `images` and labels [M]. Given for a student: the
-            whole detector runs and its losses are returned. Not given for a teacher: no losses, no post-processing.
-        needs: names of DetectorOutput's attributes; without targets, nothing else is computed.
+        detector: as `kd.detectors.build_detector` returns it.
+        images: output of `detector.transform`: normalised, padded [N, 3, h, w] and the sizes before padding.
+        targets: transformed targets, boxes [M, 4] in xyxy pixels of `images` and labels [M]. With targets (a student)
+            the whole detector runs. Without (a teacher) only what `needs` requires is computed.
+        needs: names of the DetectorOutput attributes to keep.
 
     Returns:
-        The output, and torchvision's losses by torchvision's names (empty without targets).
+        The output, and torchvision's losses by torchvision's names; no losses without targets.
     """
-    features = detector.backbone(images.tensors)
-    fpn = list(features.values())
-    finest = min(detector.backbone.body_strides)
-    output = DetectorOutput(fpn, [finest * 2**level for level in range(len(fpn))])
-    if isinstance(detector, FasterRCNN):
-        losses = _faster_rcnn(detector, images, features, targets, set(needs), output)
-    else:
-        losses = _dense(detector, images, targets, set(needs), output)
-    if targets is None:  # towers are most of a head's memory, and often only on the way to its logits and boxes
-        for tower in {"cls_tower", "reg_tower"} - set(needs):
-            setattr(output, tower, None)
-    return output, losses
+    forward = _forward_faster_rcnn if isinstance(detector, FasterRCNN) else _forward_dense
+    return forward(detector, images, targets, set(needs))
 
 
-def _dense(
-    detector: FCOS | RetinaNet,
-    images: ImageList,
-    targets: list[dict[str, Tensor]] | None,
-    needs: set[str],
-    output: DetectorOutput,
-) -> dict[str, Tensor]:
-    """Run the towers of a dense head into `output`; with targets, return torchvision's losses."""
+def _forward_dense(
+    detector: FCOS | RetinaNet, images: ImageList, targets: list[dict[str, Tensor]] | None, needs: set[str]
+) -> tuple[DetectorOutput, dict[str, Tensor]]:
+    """Follow FCOS.forward and RetinaNet.forward."""
     classify, regress = detector.head.classification_head, detector.head.regression_head
-    head_outputs = {}
+    fpn = list(detector.backbone(images.tensors).values())
+    output, head_outputs = DetectorOutput(fpn), {}
 
-    if targets is not None or needs & CLASSIFICATION:
-        output.cls_tower = [_tower(classify.conv, feature) for feature in output.fpn]
-        logits = [_lift(classify.cls_logits(blocks[-1])) for blocks in output.cls_tower]
+    if targets is not None or needs & {"cls_tower", "cls_logits"}:
+        cls_tower = [_tower(classify.conv, level) for level in fpn]
+        logits = [at_least_float32(classify.cls_logits(blocks[-1])) for blocks in cls_tower]
         output.cls_logits = [_per_anchor(level, classify.num_classes) for level in logits]
+        output.cls_tower = cls_tower if "cls_tower" in needs else None
         head_outputs["cls_logits"] = _flatten(output.cls_logits)
 
-    if targets is not None or needs & REGRESSION:
-        output.reg_tower = [_tower(regress.conv, feature) for feature in output.fpn]
-        deltas = [_lift(regress.bbox_reg(blocks[-1])) for blocks in output.reg_tower]
+    if targets is not None or needs & {"reg_tower", "bbox_regression", "anchors", "boxes"}:
+        reg_tower = [_tower(regress.conv, level) for level in fpn]
+        deltas = [at_least_float32(regress.bbox_reg(blocks[-1])) for blocks in reg_tower]
         if isinstance(detector, FCOS):
             deltas = [nn.functional.relu(level) for level in deltas]
         output.bbox_regression = [_per_anchor(level, 4) for level in deltas]
+        output.reg_tower = reg_tower if "reg_tower" in needs else None
         head_outputs["bbox_regression"] = _flatten(output.bbox_regression)
-        all_anchors = detector.anchor_generator(images, output.fpn)
-        output.anchors = _anchors_per_level(all_anchors[0], output.bbox_regression)
+        anchors = detector.anchor_generator(images, fpn)
+        output.anchors = _anchors_per_level(anchors[0], output.bbox_regression)
         output.box_coder = detector.box_coder
 
     if targets is None:
-        return {}
+        return output, {}
     if isinstance(detector, RetinaNet):
-        return detector.compute_loss(targets, head_outputs, all_anchors)
-    centerness = [_lift(regress.bbox_ctrness(blocks[-1])) for blocks in output.reg_tower]
+        return output, detector.compute_loss(targets, head_outputs, anchors)
+    centerness = [at_least_float32(regress.bbox_ctrness(blocks[-1])) for blocks in reg_tower]
     head_outputs["bbox_ctrness"] = _flatten([_per_anchor(level, 1) for level in centerness])
-    return detector.compute_loss(targets, head_outputs, all_anchors, [f.shape[2] * f.shape[3] for f in output.fpn])
+    anchors_per_level = [level.shape[2] * level.shape[3] for level in fpn]
+    return output, detector.compute_loss(targets, head_outputs, anchors, anchors_per_level)
 
 
-def _faster_rcnn(
-    detector: FasterRCNN,
-    images: ImageList,
-    features: dict[str, Tensor],
-    targets: list[dict[str, Tensor]] | None,
-    needs: set[str],
-    output: DetectorOutput,
-) -> dict[str, Tensor]:
-    """Run the RPN's head into `output`; with targets, also proposals and RoI heads, and return torchvision's losses."""
-    if targets is None and not needs & (CLASSIFICATION | REGRESSION):
-        return {}
-    rpn = detector.rpn
-    output.cls_tower = output.reg_tower = [_tower(rpn.head.conv, feature) for feature in output.fpn]
-    objectness = [_lift(rpn.head.cls_logits(blocks[-1])) for blocks in output.cls_tower]
-    deltas = [_lift(rpn.head.bbox_pred(blocks[-1])) for blocks in output.reg_tower]
-    anchors = rpn.anchor_generator(images, output.fpn)
+def _forward_faster_rcnn(
+    detector: FasterRCNN, images: ImageList, targets: list[dict[str, Tensor]] | None, needs: set[str]
+) -> tuple[DetectorOutput, dict[str, Tensor]]:
+    """Follow GeneralizedRCNN.forward and RegionProposalNetwork.forward."""
+    features = detector.backbone(images.tensors)
+    fpn = list(features.values())
+    output, rpn = DetectorOutput(fpn), detector.rpn
+    if targets is None and not needs - {"fpn"}:
+        return output, {}
+
+    tower = [_tower(rpn.head.conv, level) for level in fpn]
+    objectness = [at_least_float32(rpn.head.cls_logits(blocks[-1])) for blocks in tower]
+    deltas = [at_least_float32(rpn.head.bbox_pred(blocks[-1])) for blocks in tower]
+    anchors = rpn.anchor_generator(images, fpn)
+    output.cls_tower = tower if "cls_tower" in needs else None
+    output.reg_tower = tower if "reg_tower" in needs else None
     output.cls_logits = [_per_anchor(level, 1) for level in objectness]
     output.bbox_regression = [_per_anchor(level, 4) for level in deltas]
     output.anchors = _anchors_per_level(anchors[0], output.bbox_regression)
     output.box_coder = rpn.box_coder
     if targets is None:
-        return {}
+        return output, {}
 
     anchors_per_level = [level[0].numel() for level in objectness]
     flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
@@ -165,27 +160,17 @@ def _faster_rcnn(
     loss_objectness, loss_rpn_box_reg = rpn.compute_loss(flat_objectness, flat_deltas, labels, regression_targets)
 
     _, losses = detector.roi_heads(features, proposals, images.image_sizes, targets)
-    return {**losses, "loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_rpn_box_reg}
+    return output, {**losses, "loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_rpn_box_reg}
 
 
-def _tower(conv: nn.Sequential, feature: Tensor) -> list[Tensor]:
+def _tower(conv: nn.Sequential, level: Tensor) -> list[Tensor]:
     """Return the outputs [N, C, H, W] of each block (convolution, norm, ReLU) of a tower."""
     outputs = []
     for block in conv:
-        feature = block(feature)
+        level = block(level)
         if not isinstance(block, nn.Conv2d | nn.GroupNorm):  # FCOS lists convolution, norm and ReLU one by one
-            outputs.append(feature)
+            outputs.append(level)
     return outputs
-
-
-def _lift(x: Tensor) -> Tensor:
-    """Turn what a head returns under autocast to float32.
-
-    torchvision's box coders round anchors to the type of the predictions: in bfloat16, boxes near pixel 1000 come in
-    steps of 4 pixels, and the RPN passes its type on to the ground truth, where a box narrower than a step becomes
-    empty and its regression target nan.
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _per_anchor(maps: Tensor, values: int) -> Tensor:
@@ -199,7 +184,7 @@ def _flatten(levels: list[Tensor]) -> Tensor:
 
 
 def _anchors_per_level(anchors: Tensor, levels: list[Tensor]) -> list[Tensor]:
-    """Split one image's anchors [sum of HWA, 4] into [A, 4, H, W] like each level of [N, A, 4, H, W]."""
+    """Split the anchors of one image [sum of HWA, 4] into [A, 4, H, W], for levels of [N, A, 4, H, W]."""
     shapes = [(level.shape[3], level.shape[4], level.shape[1]) for level in levels]
     parts = anchors.split([H * W * A for H, W, A in shapes])
     return [part.view(H, W, A, 4).permute(2, 3, 0, 1) for part, (H, W, A) in zip(parts, shapes)]

@@ -1,12 +1,17 @@
-"""What several tests share: the optional folder of reference numbers, photographs and weights, and fake outputs."""
+"""Shared fixtures: small random detector outputs, numbers computed with the authors' code, and a small data set."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-SHARED = Path(__file__).parents[2] / "shared"
+import kd.data
+from kd.data import Shapes
+
+STRIDES = (8, 16, 32)  # of fake outputs
 
 
 @pytest.fixture(autouse=True)
@@ -14,17 +19,10 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def golden():
-    """A function that loads the numbers computed with an authors' own code, or skips where they are not at hand."""
-
-    def load(name: str) -> dict:
-        file = SHARED / "golden" / f"{name}.pt"
-        if not file.is_file():
-            pytest.skip(f"reference numbers are not at hand: {file}")
-        return torch.load(file, weights_only=True)["cases"]
-
-    return load
+@pytest.fixture(scope="session")
+def reference() -> dict:
+    """Losses, gradients and key regions computed with public code; each part names its source."""
+    return json.loads((Path(__file__).parent / "reference.json").read_text())
 
 
 @pytest.fixture
@@ -48,15 +46,23 @@ def fake_output():
             cls_logits=[randn(N, A, K, H, W) for H, W in sizes],
             bbox_regression=[randn(N, A, 4, H, W) for H, W in sizes],
             boxes=[torch.cat([low, low + extent], dim=2) for low, extent in zip(corners, extents)],
-            strides=[8 * 2**level for level in range(len(sizes))],
+            anchors=[make_anchors(A, size, stride) for size, stride in zip(sizes, STRIDES)],
         )
 
     return make
 
 
+def make_anchors(A: int, size: tuple[int, int], stride: int) -> torch.Tensor:
+    """Anchors [A, 4, H, W] of a level, centred at (column, row) * stride."""
+    H, W = size
+    y, x = torch.meshgrid(torch.arange(H) * stride, torch.arange(W) * stride, indexing="ij")
+    sides = stride * torch.arange(1, A + 1)[:, None, None].double()
+    return torch.stack([x - sides, y - sides, x + sides, y + sides], dim=1)
+
+
 @pytest.fixture
 def targets():
-    """Two images' ground truth in float64, xyxy pixels of a 32x48 input; the second image has no boxes."""
+    """Ground truth of two images in float64, xyxy pixels of a 32x48 input; the second image has no boxes."""
     return [
         {
             "boxes": torch.tensor([[4.0, 4.0, 30.0, 26.0], [10.0, 2.0, 44.0, 18.0]], dtype=torch.float64),
@@ -64,3 +70,30 @@ def targets():
         },
         {"boxes": torch.zeros(0, 4, dtype=torch.float64), "labels": torch.zeros(0, dtype=torch.long)},
     ]
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Sixteen training and six validation pictures."""
+    monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 16)
+    monkeypatch.setattr(kd.data, "SHAPES_VAL", 6)
+
+
+@pytest.fixture
+def coco_folder(tmp_path) -> Path:
+    """Shapes as a folder in COCO's layout, eight pictures in each split."""
+    root = tmp_path / "coco"
+    for split, seed in (("train2017", 1), ("val2017", 0)):
+        write_coco(Shapes(8, seed, 64), root / split, root / "annotations" / f"instances_{split}.json")
+    return root
+
+
+def write_coco(shapes: Shapes, images: Path, annotations: Path) -> None:
+    """Write a data set of shapes as PNG files and a COCO instances file."""
+    images.mkdir(parents=True)
+    annotations.parent.mkdir(exist_ok=True)
+    coco = shapes.coco()
+    for image in coco["images"]:
+        image["file_name"] = f"shapes-{image['id']}.png"
+        Image.fromarray(shapes[image["id"]][0].permute(1, 2, 0).numpy()).save(images / image["file_name"])
+    annotations.write_text(json.dumps(coco))

@@ -1,9 +1,10 @@
-"""Arguments that cannot be meant are refused with what could be, before a folder is made or anything is computed."""
+"""Invalid arguments are rejected, with what is possible, before a folder is created or anything is computed."""
 
 import pytest
 
 import train
-from kd.arguments import build_method, settle
+from kd.methods import METHODS, build_method
+from kd.run.arguments import settle
 
 DISTILL = ("--teacher", "r18", "--method")
 
@@ -13,9 +14,10 @@ DISTILL = ("--teacher", "r18", "--method")
     [
         (["--method", "fsr", "--teacher", "r18"], "unknown method 'fsr': choose frs"),
         (["--method", "frs"], "--method frs needs a teacher: add --teacher"),
-        (["--teacher", "r18"], "none has no teacher"),
-        (["--set", "alpha=1"], "none has no teacher"),
-        (["--distill-weight", "2"], "no losses to weight"),
+        (["--teacher", "r18"], "none does not distil: leave out --teacher"),
+        (["--set", "alpha=1"], "none does not distil: leave out --set"),
+        (["--inherit"], "none does not distil: leave out --inherit"),
+        (["--distill-weight", "2"], "none does not distil: leave out --distill-weight"),
         ([*DISTILL, "frs", "--distill-weight", "0"], "--distill-weight is 0.0: give a number above 0"),
         ([*DISTILL, "frs", "--set", "gamma=1"], "one of alpha, beta"),
         ([*DISTILL, "frs", "--set", "alpha"], "takes NAME=VALUE"),
@@ -37,14 +39,12 @@ DISTILL = ("--teacher", "r18", "--method")
         (["--lr", "0"], "--lr is 0.0: give a number above 0"),
         (["--lr", "nan"], "--lr is nan: give a number above 0"),
         (["--clip-grad", "-1"], "--clip-grad is -1"),
-        (["--checkpoint-minutes", "0"], "--checkpoint-minutes is 0"),
-        (["--ema", "1"], "--ema is 1.0: give a decay between 0 and 1"),
         (["--image-size", "64", "96"], "shapes are square: give --image-size 64 64"),
         (["--image-size", "16", "16"], "--image-size 16 16: give the short side, 32 or more"),
         (["--image-size", "96", "64", "--data", "x"], "--image-size 96 64: give the short side"),
         (["--train-images", "x"], "all four paths are needed: --train-annotations, --val-images, --val-annotations"),
-        (["--device", "gpu"], "--device gpu is no device of torch: give cuda or cpu"),
-        (["--sync-bn"], "--sync-bn is for several GPUs"),
+        (["--device", "gpu"], "--device gpu is not a torch device: give cuda or cpu"),
+        (["--sync-bn"], "--sync-bn needs several GPUs"),
     ],
     ids=" ".join,
 )
@@ -55,14 +55,8 @@ def test_refused(words, message):
 
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="this torch sees no GPU; give --device cpu"):
+    with pytest.raises(ValueError, match="torch finds no GPU; give --device cpu"):
         settle(train.parse_args(["--device", "cuda"]))
-
-
-def test_no_tensorboard(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--tensorboard: the package is not installed; pip install tensorboard"):
-        settle(train.parse_args(["--device", "cpu", "--tensorboard"]))
 
 
 @pytest.mark.parametrize("words", [["--optimizer", "adam"], ["--amp", "fp8"], ["--resume", "yes"], ["--epoch", "two"]])
@@ -74,11 +68,27 @@ def test_refused_while_parsing(words, capsys):
 
 def test_hyper_parameters_reach_the_method():
     """Numbers, tuples, names and None as Python reads them; an integer serves where a float is asked for."""
-    words = ["--device", "cpu", *DISTILL]
-    pgd = build_method(train.parse_args([*words, "pgd", "--set", "xi=(0.5, 1)", "top_k=9", "alpha=1"]))
+
+    def build(name: str, *settings: str):
+        return build_method(name, "fcos", 8, 8, (8, 16), list(settings))
+
+    pgd = build("pgd", "xi=(0.5, 1)", "top_k=9", "alpha=1")
     assert (pgd.xi, pgd.top_k, pgd.alpha) == ((0.5, 1), 9, 1)
-    ssim = build_method(train.parse_args([*words, "ssim", "--set", "normalize=channel", "loss_weight=None"]))
-    assert (ssim.normalize, ssim.loss_weight) == ("channel", 4.0)
+    ssim = build("ssim", "normalize=channel", "loss_weight=None")
+    assert (ssim.options["normalize"], ssim.loss_weight) == ("channel", 4.0)
+
+
+def test_default_hyper_parameters():
+    """They are those of the papers or the public code; each method's file names its source."""
+    frs = {d: METHODS["frs"](d, 8, 8, (8,)) for d in ("retinanet", "fcos", "faster_rcnn")}
+    assert [(m.alpha, m.beta) for m in frs.values()] == [(0.005, 0.02), (0.01, 0.05), (0.002, 0.1)]
+    assert frs["fcos"].warmup == 500 and frs["fcos"].adapters[0].weight.shape == (8, 8, 3, 3)
+    pgd = METHODS["pgd"]("fcos", 8, 8, (8,))
+    assert (pgd.alpha, pgd.beta, pgd.gamma, pgd.delta) == (0.04, 0.02, 0.064, 0.0008)
+    assert (pgd.temperature, pgd.top_k, pgd.xi) == (0.8, 30, (0.8, 0.6))
+    assert pgd.level_weights == (1.0, 1.25, 1.5, 1.75, 2.0)
+    ssim = METHODS["ssim"]("fcos", 8, 8, (8,))
+    assert ssim.options == {"normalize": "image", "window": 11, "sigma": 1.5}
 
 
 def test_recipes():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd.checkpoint import load, load_model, restore, save
 from kd.detectors import build_detector
+from kd.run.checkpoint import load, load_model, restore, save
 
 ARGUMENTS = dict(detector="fcos", backbone="test_resnet", num_classes=4, image_size=(64, 96), from_scratch=True)
 
@@ -55,9 +55,9 @@ def test_truncated_files_are_refused(tmp_path, share):
 
 
 def test_absent_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="absent.pt cannot be read: No such file"):
+    with pytest.raises(ValueError, match="cannot read the checkpoint .*absent.pt: No such file"):
         load_model(tmp_path / "absent.pt")
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match="cannot read the checkpoint .*: Is a directory"):
         load_model(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="(?s)model.pt do not fit the FCOS: .*Unexpected key"):
         load_model(tmp_path / "model.pt")
     save({"other": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt does not hold a detector"):
+    with pytest.raises(ValueError, match="other.pt does not contain a detector"):
         load_model(tmp_path / "other.pt")
 
 
@@ -88,5 +88,5 @@ def test_restore(tmp_path):
     save({"model": trained.state_dict(), "steps": 3}, tmp_path / "checkpoint.pt")
     assert restore({"model": fresh}, tmp_path / "checkpoint.pt")["steps"] == 3
     assert torch.equal(fresh.weight, trained.weight)
-    with pytest.raises(ValueError, match="checkpoint.pt is not a checkpoint of this run: it lacks ema"):
-        restore({"model": fresh, "ema": fresh}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt is not a checkpoint of this run: it lacks scaler"):
+        restore({"model": fresh, "scaler": fresh}, tmp_path / "checkpoint.pt")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.coco import DataError, read_coco
-from kd.data import CocoFolder, augmentation
+from kd.data import CocoFolder
+from kd.data.coco import DataError, read_coco
+from kd.data.transforms import augmentation
 from kd.evaluation import coco_metrics
 
 
@@ -81,7 +82,7 @@ def test_unicode(write, encoding):
     assert read_coco(write(text.encode(encoding)))["categories"][0]["name"] == "Hündin"
 
 
-TWICE = "ids that several {} share (1): id {}. Give each its own."
+TWICE = "ids that several {} share (1): id {}. Give each its own id."
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ TWICE = "ids that several {} share (1): id {}. Give each its own."
         (b"1" * 5000, "is not JSON: Exceeds the limit"),
         (b"null", "has no list of images, categories, annotations"),
         ({"images": [], "categories": {}}, "has no list of categories, annotations"),
-        ([{"image_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}], "is a results file, a list of 1 detections"),
+        ([{"image_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}], "is a results file with 1 detections"),
         ({**valid(), "images": []}, "lists no images"),
         ({**valid(), "categories": []}, "lists no categories"),
         ({**valid(), "images": [None, 7]}, "images that are not JSON objects (2): entry 0, entry 1."),

@@ -8,11 +8,12 @@ import torch
 from PIL import ExifTags, Image
 from torch.testing import assert_close
 
-from kd.coco import DataError
-from kd.data import COCO_NAMES, CocoFolder, collate, label_categories, open_dataset
+from kd.data import CocoFolder, collate, open_dataset
+from kd.data.coco import DataError
+from kd.data.folder import COCO_NAMES, label_categories
+from kd.data.shapes import Shapes
+from kd.data.transforms import augmentation
 from kd.evaluation import coco_metrics
-from kd.shapes import Shapes
-from kd.transforms import augmentation
 
 
 def valid() -> dict:
@@ -104,7 +105,7 @@ def test_thin_boxes_survive_a_flip(write):
 
 @pytest.mark.parametrize("annotations", [[], valid()["annotations"][2:]])
 def test_a_data_set_without_boxes(write, annotations):
-    with pytest.raises(DataError, match=r"leaves no box.*2 images \(2 without boxes\)"):
+    with pytest.raises(DataError, match=r"has no box.*2 images \(2 without boxes\)"):
         CocoFolder(*write({**valid(), "annotations": annotations}))
 
 
@@ -165,12 +166,13 @@ def test_bad_images(write):
     with pytest.raises(DataError) as error:
         CocoFolder(folder, file)
     for reason in (
-        "cannot be used (11): 'gone.jpg': not there, '': not there, ",
-        "'text.jpg': not an image that Pillow knows (14 bytes), 'zero.jpg': not an image that Pillow knows (0 bytes), ",
+        "cannot be used (11): 'gone.jpg': file not found, '': file not found, ",
+        "'text.jpg': not an image that Pillow can read (14 bytes), ",
+        "'zero.jpg': not an image that Pillow can read (0 bytes), ",
         "'cut.jpg': image file is truncated",
         "'cut.png': image file is truncated",
         "'cut.bmp': image file is truncated",
-        "'float.tiff': floating-point pixels, whose range is unknown, ",
+        "'float.tiff': floating-point pixels of unknown range, ",
         "'b.png': 20x20 pixels, but annotated as 90x90. Repair them",
     ):
         assert reason in str(error.value)
@@ -184,7 +186,7 @@ def test_bad_images(write):
 def test_twenty_bad_images_are_named(write):
     coco = valid()
     coco["images"] += [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(100, 130)]
-    with pytest.raises(DataError, match=r"\(30\): '100.jpg': not there, .*'119.jpg': not there, \.\.\.\. Repair"):
+    with pytest.raises(DataError, match=r"\(30\): '100.jpg': .*, .*'119.jpg': file not found, \.\.\.\. Repair"):
         CocoFolder(*write(coco))
 
 
@@ -193,7 +195,7 @@ def test_no_folder_and_no_image_left(write):
     with pytest.raises(DataError, match="absent is not a folder"):
         CocoFolder(folder / "absent", file)
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match="leaves no box.*2 bad images"):
+    with pytest.raises(DataError, match="has no box.*2 bad images"):
         CocoFolder(folder / "empty", file, skip_bad_images=True)
 
 

@@ -1,5 +1,6 @@
 """Detectors are torchvision's own classes on any timm backbone, and their files travel."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -13,8 +14,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from kd.checkpoint import load_model, load_torchvision, save, save_model
-from kd.detectors import DETECTORS, build_detector
+from kd.detectors import DETECTORS, build_detector, check_pair, inherit
+from kd.run.checkpoint import load_model, load_torchvision, save, save_model
 
 BACKBONES = (
     "mobilenetv3_small_100",
@@ -51,15 +52,15 @@ def test_refusals_name_the_reason(tmp_path):
         build_detector("fcos", "r18", 3, image_size=(800, 400))
     with pytest.raises(ValueError, match="num_classes"):
         build_detector("fcos", "r18", 1)
-    with pytest.raises(ValueError, match="no file"):
-        build_detector("fcos", "r18", 3, pretrained_weights=str(tmp_path / "absent.pth"))
+    with pytest.raises(ValueError, match="no such file"):
+        build_detector("fcos", "r18", 3, pretrained=str(tmp_path / "absent.pth"))
 
 
 def test_pretrained_weights_from_a_file(tmp_path):
     """All of the body is loaded, norm and stem are frozen, and a file of another model is refused."""
     source = timm.create_model("test_resnet")
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    model = build_detector("faster_rcnn", "test_resnet", 3, pretrained_weights=str(tmp_path / "weights.pth"))
+    model = build_detector("faster_rcnn", "test_resnet", 3, pretrained=str(tmp_path / "weights.pth"))
     for name, value in model.backbone.body.state_dict().items():
         assert_close(value, source.state_dict()[name])
     model.train()
@@ -71,10 +72,10 @@ def test_pretrained_weights_from_a_file(tmp_path):
 
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not a checkpoint of timm's test_resnet"):
-        build_detector("fcos", "test_resnet", 3, pretrained_weights=str(tmp_path / "other.pth"))
+        build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "other.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="could not be loaded from .*text.pth"):
-        build_detector("fcos", "test_resnet", 3, pretrained_weights=str(tmp_path / "text.pth"))
+    with pytest.raises(ValueError, match="cannot load the pretrained weights of test_resnet from .*text.pth"):
+        build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "text.pth"))
 
 
 def test_pretrained_without_the_hub_is_a_clear_error(monkeypatch):
@@ -82,7 +83,7 @@ def test_pretrained_without_the_hub_is_a_clear_error(monkeypatch):
         raise OSError("no connection to the hub")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
-    with pytest.raises(ValueError, match="--pretrained-weights FILE"):
+    with pytest.raises(ValueError, match="--pretrained FILE"):
         build_detector("fcos", "test_resnet", 3, pretrained=True)
 
 
@@ -146,3 +147,29 @@ def test_torchvision_checkpoint_fits(tmp_path):
     with torch.no_grad():
         for key, value in theirs(image)[0].items():
             assert_close(ours(image)[0][key], value)
+
+
+def test_check_pair():
+    student = build_detector("fcos", "test_resnet", 3, image_size=(64, 96))
+    with pytest.raises(ValueError, match="detector: student FCOS, teacher RetinaNet"):
+        check_pair(student, build_detector("retinanet", "test_resnet", 3, image_size=(64, 96)))
+    with pytest.raises(ValueError, match="number of classes.*student 3, teacher 4"):
+        check_pair(student, build_detector("fcos", "test_resnet", 4, image_size=(64, 96)))
+    small = build_detector("retinanet", "test_resnet", 3, image_size=(64, 96))
+    with pytest.raises(ValueError, match="anchor sizes"):
+        check_pair(small, build_detector("retinanet", "test_resnet", 3, image_size=(800, 1333)))
+    check_pair(student, build_detector("fcos", "mobilenetv3_small_100", 3, image_size=(64, 96)))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_inherit(detector):
+    """Pyramid and heads become the teacher's, the body stays; laterals of other channels are refused."""
+    student, teacher = (build_detector(detector, "test_resnet", 3, image_size=(64, 96)) for _ in range(2))
+    before = copy.deepcopy(student.state_dict())
+    inherit(student, teacher)
+    for name, value in student.state_dict().items():
+        expected = before if name.startswith("backbone.body.") else teacher.state_dict()
+        assert torch.equal(value, expected[name]), name
+    other = build_detector(detector, "mobilenetv3_small_100", 3, image_size=(64, 96))
+    with pytest.raises(ValueError, match="cannot inherit backbone.fpn.inner_blocks.0.0.weight"):
+        inherit(other, teacher)

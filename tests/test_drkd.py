@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kd.methods.drkd import (
-    DRKD,
-    InstanceRelation,
-    PixelRelation,
-    RelationMatrix,
-    frobenius_distance,
-    largest_first,
-    pool_instances,
-)
+from kd.methods.drkd import DRKD, InstanceUnit, PixelUnit, frobenius_distance, largest_first, pool_instances
 
 STRIDES, NODES = (8, 16, 32), (3, 2, 2)
 
@@ -38,7 +30,7 @@ def softmax(x: list[float]) -> list[float]:
     return [math.exp(v) / total for v in x]
 
 
-def slow_pixel_unit(unit: PixelRelation, maps: torch.Tensor) -> list[list[list[float]]]:
+def slow_pixel_unit(unit: PixelUnit, maps: torch.Tensor) -> list[list[list[float]]]:
     """[N][HW][C] for maps [N, C, H, W], one index at a time."""
     x = maps.flatten(2).mT.tolist()  # [N][HW][C]
     before_norm = []
@@ -62,19 +54,17 @@ def slow_pixel_unit(unit: PixelRelation, maps: torch.Tensor) -> list[list[list[f
     return output
 
 
-def slow_matrix(unit: RelationMatrix, s: list[list[float]]) -> list[list[float]]:
+def slow_matrix(unit: InstanceUnit, s: list[list[float]]) -> list[list[float]]:
     theta, phi = [linear(unit.theta, v) for v in s], [linear(unit.phi, v) for v in s]
     logits = [[sum(a * b for a, b in zip(row, column)) for column in phi] for row in theta]
-    if unit.filter is not None:
-        weights = [softmax(linear(unit.filter, v)[: len(s)]) for v in s]
-        logits = [[f * w for f, w in zip(*rows)] for rows in zip(logits, weights)]
-    return [softmax(row) for row in logits]
+    weights = [softmax(linear(unit.filter, v)[: len(s)]) for v in s]
+    return [softmax([f * w for f, w in zip(*rows)]) for rows in zip(logits, weights)]
 
 
-def slow_relation(unit: InstanceRelation, s: list[list[float]]) -> list[list[float]]:
+def slow_relation(unit: InstanceUnit, s: list[list[float]]) -> list[list[float]]:
     g = [linear(unit.g, v) for v in s]
     output = []
-    for v, row in zip(s, slow_matrix(unit.matrix, s)):
+    for v, row in zip(s, slow_matrix(unit, s)):
         gathered = [sum(p * g_j[k] for p, g_j in zip(row, g)) for k in range(len(g[0]))]
         output.append([a + b for a, b in zip(v, linear(unit.extend, gathered))])
     return output
@@ -89,11 +79,9 @@ def adapt_instances(adapter: torch.nn.Module, s: list[list[float]]) -> list[floa
     return flat
 
 
-@pytest.mark.parametrize("relation", ["features", "matrices"])
-@pytest.mark.parametrize("relation_filter", [True, False])
-def test_matches_equation(fake_output, targets, relation, relation_filter):
+def test_matches_equation(fake_output, targets):
     """Slow loops over every index, written from the equations; pooling is checked by hand below."""
-    method = make_method(2, 3, relation=relation, relation_filter=relation_filter, l1=2.0, l2=3.0, l3=5.0)
+    method = make_method(2, 3, pixel_weight=2.0, relation_weight=3.0, instance_weight=5.0)
     for parameter in method.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     student, teacher = fake_output(1, C=2), fake_output(2, C=3)
@@ -114,12 +102,9 @@ def test_matches_equation(fake_output, targets, relation, relation_filter):
         for n in range(2):
             s, t = pooled_s[n].flatten(1).tolist(), pooled_t[n].flatten(1).tolist()
             instance += norm(adapt_instances(method.instance_adapters[level], s), sum(t, []))
-            unit_s, unit_t = method.relation_student[level], method.relation_teacher[level]
-            if relation == "features":
-                adapted = adapt_instances(method.relation_adapters[level], slow_relation(unit_s, s))
-                related += norm(adapted, sum(slow_relation(unit_t, t), []))
-            else:
-                related += norm(sum(slow_matrix(unit_s, s), []), sum(slow_matrix(unit_t, t), [])) ** 2
+            unit_s, unit_t = method.instance_student[level], method.instance_teacher[level]
+            adapted = adapt_instances(method.relation_adapters[level], slow_relation(unit_s, s))
+            related += norm(adapted, sum(slow_relation(unit_t, t), []))
 
     losses = method(student, teacher, targets)
     assert_close(losses["loss_drkd_pixel"].item(), 2 * pixel)
@@ -127,12 +112,11 @@ def test_matches_equation(fake_output, targets, relation, relation_filter):
     assert_close(losses["loss_drkd_instance"].item(), 5 * instance)
 
 
-@pytest.mark.parametrize("relation", ["features", "matrices"])
-def test_zero_at_teacher(fake_output, targets, relation):
-    """Equal features and equal units, adapters that copy: nothing to pay, and gradients of 0 instead of nan."""
-    method = make_method(relation=relation)
+def test_zero_at_teacher(fake_output, targets):
+    """Equal features, equal units and adapters that copy cost nothing, with gradients of 0 instead of nan."""
+    method = make_method()
     method.pixel_teacher.load_state_dict(method.pixel_student.state_dict())
-    method.relation_teacher.load_state_dict(method.relation_student.state_dict())
+    method.instance_teacher.load_state_dict(method.instance_student.state_dict())
     for name, parameter in method.named_parameters():
         if "adapters" in name:
             torch.nn.init.zeros_(parameter) if parameter.ndim == 1 else torch.nn.init.dirac_(parameter)
@@ -143,12 +127,6 @@ def test_zero_at_teacher(fake_output, targets, relation):
     sum(losses.values()).backward()
     assert all((x.grad == 0).all() for x in (*student.fpn, *method.parameters()))
 
-    # The order of the annotations does not matter, for the objects are sorted by area.
-    student, teacher, method = fake_output(1), fake_output(2), make_method(relation=relation)
-    once = method(student, teacher, targets)
-    targets[0]["boxes"] = targets[0]["boxes"].flip(0)
-    assert_close(method(student, teacher, targets), once)
-
 
 def test_hand_computed():
     double = {"dtype": torch.float64}
@@ -156,7 +134,7 @@ def test_hand_computed():
     # so v = (1 + 4, -1 - 4) = (5, -5). Weight 1 and bias 1 over nodes: h = (5 + 5 + 1, -5 - 5 + 1), relu -> (11, 0).
     # Over states [[1, 0], [1, 1]]: (11, 11); times nodes: both states (11, 22); extended by (1, -1/2): (5.5, 11), with
     # mean 8.25 and deviations -+2.75. Norm weight 2 and bias 0.5: x + 0.5 -+ 2 * 2.75 / sqrt(2.75^2 + 1e-4).
-    unit = PixelRelation(1, 1).double()
+    unit = PixelUnit(1, 1).double()
     for layer, weight, bias in (
         (unit.states, [1.0, -1.0], [0.0, 0.0]),
         (unit.nodes, [1.0], [0.0]),
@@ -172,9 +150,9 @@ def test_hand_computed():
     expected = torch.tensor([[[[1.5 - step, 2.5 + step]]]], **double)
     assert_close(unit(torch.tensor([[[[1.0, 2.0]]]], **double)), expected)
 
-    # One object relates to itself alone, P = 1, so z = s + extend(g(s)), whatever theta, phi and filter say.
-    relate, s = InstanceRelation(18).double(), torch.randn(1, 2, 3, 3, **double)
-    assert_close(relate.matrix([s]), [torch.ones(1, 1, **double)])
+    # One object relates to itself alone, P = 1, so the unit gives s + extend(g(s)), whatever theta, phi and filter are.
+    relate, s = InstanceUnit(18).double(), torch.randn(1, 2, 3, 3, **double)
+    assert_close(relate.matrices([s]), [torch.ones(1, 1, **double)])
     assert_close(relate([s])[0].flatten(1), s.flatten(1) + relate.extend(relate.g(s.flatten(1))))
 
     # RoIAlign of the map f(x, y) = x at stride 8, without half a pixel of shift: the box from 8 to 32 spans positions 1
@@ -193,6 +171,7 @@ def test_hand_computed():
 
 
 def test_gradients(fake_output, targets):
+    """By finite differences for both levels; every parameter is trained, the units of the teacher too."""
     sizes = ((2, 3), (1, 2))
     method = DRKD("fcos", 2, 2, (16, 32), nodes=(2, 1)).double()
     student, teacher = fake_output(1, C=2, sizes=sizes), fake_output(2, C=2, sizes=sizes)
@@ -202,62 +181,46 @@ def test_gradients(fake_output, targets):
         return tuple(method(student, teacher, targets).values())
 
     assert torch.autograd.gradcheck(losses, [level.requires_grad_() for level in student.fpn])
-    matrix = RelationMatrix(9).double()
+    unit = InstanceUnit(9).double()
     instances = [torch.randn(n, 1, 3, 3, dtype=torch.float64, requires_grad=True) for n in (3, 0, 2)]
-    assert torch.autograd.gradcheck(lambda *images: tuple(matrix(images)), instances)
+    assert torch.autograd.gradcheck(lambda *images: tuple(unit.matrices(list(images))), instances)
 
-    for arguments in ({}, {"relation": "matrices"}, {"relation_filter": False}):
-        method, student, teacher = make_method(**arguments), fake_output(1), fake_output(2)
-        constants = [level.requires_grad_() for level in teacher.fpn]
-        sum(method(student, teacher, targets).values()).backward()
-        assert all(level.grad is None for level in constants)
-        # Without filter, phi's bias shifts all logits of a row alike, which a softmax does not see.
-        blind = ("phi.bias",) if arguments else ()
-        for name, parameter in method.named_parameters():
-            assert parameter.grad is not None and (parameter.grad.abs().max() > 0 or name.endswith(blind)), name
-        trained = {name.split(".")[0] for name, _ in method.named_parameters()}
-        assert {"pixel_student", "pixel_teacher", "relation_student", "relation_teacher"} < trained
+    method = make_method()
+    sum(method(fake_output(1), fake_output(2), targets).values()).backward()
+    trained = {name.split(".")[0] for name, p in method.named_parameters() if p.grad.abs().max() > 0}
+    assert trained == {name for name, _ in method.named_children()}
+    for unit in (*method.instance_student, *method.instance_teacher):
+        assert all(parameter.grad.abs().max() > 0 for parameter in unit.parameters())
 
 
-@pytest.mark.parametrize("relation", ["features", "matrices"])
 @pytest.mark.parametrize("count", [0, 1, 2, 100])
-def test_edge_cases(fake_output, relation, count):
+def test_number_of_objects(fake_output, count):
     """Any number of boxes in a single image, whose last level of 1x1 has one value per channel."""
-    method = make_method(4, 6, relation=relation)
+    method = make_method(4, 6)
     student, teacher = fake_output(1, N=1), fake_output(2, N=1, C=6)
-    student.fpn[0][:, 0] = 3.0  # a constant channel
     corners = torch.rand(count, 2, dtype=torch.float64) * 20
     boxes = torch.cat([corners, corners + torch.rand(count, 2, dtype=torch.float64) * 20], dim=1)
     losses = method(student, teacher, [{"boxes": boxes}])
-    assert all(torch.isfinite(loss) and loss.dtype == torch.float64 for loss in losses.values())
-    assert losses["loss_drkd_pixel"] > 0
-    assert (losses["loss_drkd_instance"] > 0) == (count > 0)
-    assert (losses["loss_drkd_relation"] > 0) == (count > (relation == "matrices"))  # one object: P = 1 on both sides
-    assert method.pixel_student[-1].norm.running_mean.abs().max() == 0  # 1x1 left the statistics alone
+    assert all(torch.isfinite(loss) for loss in losses.values()) and losses["loss_drkd_pixel"] > 0
+    for term in ("relation", "instance"):
+        assert (losses[f"loss_drkd_{term}"] > 0) == (count > 0)
+    assert method.pixel_student[-1].norm.running_mean.abs().max() == 0  # a single value leaves the statistics alone
 
-    # Also without boxes, every parameter has a gradient.
-    sum(losses.values()).backward()
+    sum(losses.values()).backward()  # without boxes too, every parameter has a gradient
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
-    if count == 100:  # only the 64 largest are related; all are imitated
+    if count == 100:  # the 64 largest are related; all are imitated
         fewer = method(student, teacher, [{"boxes": largest_first(boxes)[:64]}])
         assert_close(fewer["loss_drkd_relation"], losses["loss_drkd_relation"])
         assert fewer["loss_drkd_instance"] < losses["loss_drkd_instance"]
 
 
-def test_edge_cases_autocast(fake_output, targets):
-    """Under autocast the long sums stay in float32; adapters may be half, losses are not."""
+def test_autocast_is_off(fake_output, targets):
+    """Autocast changes nothing: the long sums of the units stay in float32."""
     method, student, teacher = make_method().float(), fake_output(1), fake_output(2)
     student.fpn, teacher.fpn = [x.float() for x in student.fpn], [x.float() for x in teacher.fpn]
     once = method(student, teacher, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        unit, matrix = PixelRelation(4, 3), RelationMatrix(36)
-        pixels, instances = student.fpn[0].bfloat16(), torch.randn(5, 4, 3, 3)
-        related = unit(pixels), matrix([instances])
-        student.fpn, teacher.fpn = [x.bfloat16() for x in student.fpn], [x.bfloat16() for x in teacher.fpn]
-        half = method(student, teacher, targets)
-    assert_close(related, (unit(pixels.float()), matrix([instances])), rtol=0, atol=0)
-    assert all(loss.dtype == torch.float32 for loss in half.values())
-    assert_close(half, once, rtol=0.05, atol=0)
+        assert_close(method(student, teacher, targets), once, rtol=0, atol=0)
 
 
 def test_normaliser(fake_output, targets):
@@ -272,23 +235,28 @@ def test_normaliser(fake_output, targets):
     assert_close(method(student, teacher, targets * 2)["loss_drkd_instance"], 2 * twice["loss_drkd_instance"])
 
 
-@pytest.mark.parametrize("relation", ["features", "matrices"])
-def test_maps(fake_output, targets, relation):
-    """How far the pixel units move each position, and the matrices that relate the objects, largest first."""
-    method = make_method(4, 6, relation=relation, l2=3.0).eval()
+def test_maps(fake_output, targets):
+    """How far the teacher's pixel unit moves each position, and the matrices that relate its objects, largest first."""
+    method = make_method(4, 6).eval()
     student, teacher = fake_output(1, N=1), fake_output(2, N=1, C=6)
     maps = method.maps(student, teacher, targets[:1])
     for level in range(3):
-        moved = method.pixel_student[level](student.fpn[level]) - student.fpn[level]
-        assert_close(maps["pixel change student"][level], moved.abs().sum(dim=1) / 4)
-        assert maps["pixel change teacher"][level].shape == teacher.fpn[level][:, 0].shape
-    matrices_s, matrices_t = maps["relation matrix student"], maps["relation matrix teacher"]
-    assert [matrix.shape for matrix in matrices_s] == [(1, 2, 2), (1, 2, 2)]
-    for matrix in (*matrices_s, *matrices_t):
+        moved = method.pixel_teacher[level](teacher.fpn[level]) - teacher.fpn[level]
+        assert_close(maps["pixel change"][level], moved.abs().sum(dim=1) / 6)
+    assert [matrix.shape for matrix in maps["relation matrix"]] == [(1, 2, 2), (1, 2, 2)]
+    for matrix in maps["relation matrix"]:
         assert_close(matrix.sum(dim=2), torch.ones(1, 2, dtype=torch.float64))
-    if relation == "matrices":
-        squares = sum((s - t).square().sum() for s, t in zip(matrices_s, matrices_t))
-        assert_close(method(student, teacher, targets[:1])["loss_drkd_relation"], 3 * squares)
+    turned = [{key: values.flip(0) for key, values in targets[0].items()}]
+    assert_close(method.maps(student, teacher, turned)["relation matrix"], maps["relation matrix"])
+
+
+def test_default_weights():
+    """Of the reference code, in the order of the equations, and the number of nodes of each level."""
+    for detector, weights in (("fcos", [4e-3, 5e-3, 6e-3]), ("faster_rcnn", [1e-3, 4e-3, 2.4e-3])):
+        with torch.device("meta"):
+            method = DRKD(detector, 8, 8, (8, 16, 32, 64, 128))
+        assert method.weights == weights
+        assert [unit.nodes.out_channels for unit in method.pixel_teacher] == [64, 64, 256, 256, 256]
 
 
 def test_errors(fake_output, targets):
@@ -297,11 +265,7 @@ def test_errors(fake_output, targets):
         frobenius_distance(output.fpn[0], output.fpn[1])
     with pytest.raises(ValueError, match="must agree"):
         method(output, fake_output(2, N=1), targets)
-    with pytest.raises(ValueError, match=r"1 sets of boxes.*\(2, 4, 4, 6\)"):
+    with pytest.raises(ValueError, match="1 sets of boxes for 2 images"):
         method(output, output, targets[:1])
-    with pytest.raises(ValueError, match="at most 64 related objects of an image, not 65"):
-        RelationMatrix(9)([torch.zeros(2, 1, 3, 3), torch.zeros(65, 1, 3, 3)])
-    with pytest.raises(ValueError, match="relation must be"):
-        make_method(relation="matrix")
     with pytest.raises(ValueError, match="3 levels"):
         DRKD("fcos", 4, 4, STRIDES, nodes=(2, 2))

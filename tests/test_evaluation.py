@@ -1,4 +1,4 @@
-"""COCO's numbers on detections whose score is known, and the pictures."""
+"""COCO's numbers on detections whose score is known."""
 
 import copy
 
@@ -8,9 +8,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kd import evaluation
-from kd.benchmark import random_detections
-from kd.evaluation import METRICS, coco_metrics, draw_samples
-from kd.shapes import Shapes
+from kd.data.shapes import Shapes
+from kd.data.transforms import augmentation
+from kd.evaluation import METRICS, coco_metrics, evaluate
+from kd.tools.benchmark import random_detections
 
 
 @pytest.fixture
@@ -93,10 +94,19 @@ def test_both_scorers_agree(monkeypatch):
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-12) and 0 < numbers[1]["AP"] < numbers[1]["AP50"] < 1
 
 
-def test_samples_show_boxes(truth):
+def test_limit_and_batches(truth):
+    """The first images only, whatever the batch size; the detector is left in eval mode."""
     dataset, perfect = truth
-    dataset.transforms = lambda image, target: (image.float() / 255, target)
-    picture = draw_samples(dataset, [perfect], count=3)
-    assert picture.shape == (3, 2 * 128 + 3 * 2, 3 * 128 + 4 * 2) and picture.min() >= 0 and picture.max() <= 1
-    blank = draw_samples(dataset, [{i: {**d, "scores": d["scores"] * 0} for i, d in perfect.items()}], count=3)
-    assert not torch.equal(picture, blank)
+    dataset.transforms = augmentation(train=False)
+
+    class Perfect(torch.nn.Module):
+        seen = 0
+
+        def forward(self, images):
+            self.seen += len(images)
+            return [perfect[index] for index in range(self.seen - len(images), self.seen)]
+
+    detector = Perfect()
+    metrics, detections = evaluate(detector, dataset, torch.device("cpu"), batch_size=2, limit=3)
+    assert detector.seen == 3 and list(detections) == [0, 1, 2] and not detector.training
+    assert metrics["AP"] == pytest.approx(1)

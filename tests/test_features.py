@@ -48,7 +48,7 @@ def test_autocast_ends_with_the_head(batch, detector, monkeypatch):
         torch.manual_seed(1)
         expected = model(images, targets)
         torch.manual_seed(1)
-        output, losses = forward_detector(model, *model.transform(images, targets))
+        output, losses = forward_detector(model, *model.transform(images, targets), needs=("cls_tower",))
     for name, loss in expected.items():
         assert torch.equal(losses[name], loss), name
     assert output.cls_tower[0][0].dtype == torch.bfloat16
@@ -96,13 +96,13 @@ def test_boxes_equal_torchvision_decoding(batch, detector, monkeypatch):
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_strides_and_shapes(detector):
-    """On an input that every stride divides, strides times map sizes are the input, and anchors stand on the grid."""
+    """On an input that every stride divides, strides times map sizes are the input, and anchors lie on the grid."""
     model = build_detector(detector, "test_resnet", 4, image_size=(256, 384)).eval()
     images, _ = model.transform([torch.rand(3, 256, 384)])
     with torch.no_grad():
         output, _ = forward_detector(model, images, needs=("boxes", "cls_logits"))
-    assert output.strides == list(STRIDES[detector])
-    for level, stride in enumerate(output.strides):
+    assert model.backbone.strides == STRIDES[detector]
+    for level, stride in enumerate(model.backbone.strides):
         N, C, H, W = output.fpn[level].shape
         assert (N, C, H * stride, W * stride) == (1, 256, 256, 384)
         A, K = output.cls_logits[level].shape[1:3]
@@ -138,14 +138,16 @@ def test_only_what_is_needed_is_computed(batch, detector):
 
 @pytest.mark.parametrize("detector", DETECTORS)
 @torch.no_grad()
-def test_a_teacher_keeps_no_towers_for_nothing(batch, detector):
-    """They are on the way to logits and boxes, and gone afterwards unless a method asked for them."""
+def test_towers_are_kept_if_needed(batch, detector):
+    """They are computed on the way to logits and boxes, and kept only if a method asks for them; so in training."""
     model = build_detector(detector, "test_resnet", 4, image_size=(48, 64)).eval()
-    images, _ = model.transform(batch[0])
+    images, targets = model.transform(*batch)
     output, _ = forward_detector(model, images, needs=("cls_logits", "boxes"))
     assert output.cls_tower is None and output.reg_tower is None and output.cls_logits and output.boxes
     output, _ = forward_detector(model, images, needs=("cls_tower", "boxes"))
     assert output.cls_tower and output.reg_tower is None
+    output, losses = forward_detector(model.train(), images, targets, needs=("reg_tower",))
+    assert losses and output.cls_tower is None and output.reg_tower
 
 
 def test_towers_are_the_blocks_of_the_head(batch):

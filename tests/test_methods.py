@@ -1,26 +1,51 @@
-"""What every method must do, whichever it is: stand alone, and make one training step on each detector it serves."""
+"""What holds for every method: its file is self-contained, its losses behave, and it trains on every detector."""
 
 import ast
 import copy
+import inspect
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.testing import assert_close
 
 import kd.methods
 from kd.detectors import DETECTORS, STRIDES, build_detector
 from kd.distiller import Distiller, check_terms
-from kd.methods import METHODS
+from kd.features import forward_detector
+from kd.methods import METHODS, build_method
+from tests.conftest import STRIDES as FAKE_STRIDES
 
 FILES = sorted(file for file in Path(kd.methods.__file__).parent.glob("*.py") if file.name != "__init__.py")
+CLASSES = {getattr(make, "func", make) for make in METHODS.values()}
+SERVED = [(name, detector) for name in METHODS for detector in DETECTORS if (name, detector) != ("pgd", "faster_rcnn")]
+
+
+def make(name: str, student_channels: int = 4, teacher_channels: int = 4) -> nn.Module:
+    """A method in float64 for fake outputs."""
+    settings = ["nodes=(3, 2, 2)"] if name == "drkd" else []
+    return build_method(name, "fcos", student_channels, teacher_channels, FAKE_STRIDES, settings).double()
+
+
+def tensors(output: SimpleNamespace, names) -> list[torch.Tensor]:
+    """All tensors in these attributes of an output."""
+
+    def flat(value):
+        return [value] if isinstance(value, torch.Tensor) else [tensor for item in value for tensor in flat(item)]
+
+    return flat([getattr(output, name) for name in names])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_imports_nothing_of_ours(file):
-    """The standard library, torch and torchvision.ops only, so that the file can be copied."""
+def test_imports(file):
+    """A method file imports the standard library, torch and torchvision.ops only, so that it can be copied."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -35,103 +60,188 @@ def test_imports_nothing_of_ours(file):
             assert allowed, f"line {node.lineno} imports {name}"
 
 
-USE_ALONE = """
-import importlib, sys
-from types import SimpleNamespace
-import torch
-from torch import nn
-
-sys.path.insert(0, ".")
-module = importlib.import_module(sys.argv[1])
-(cls,) = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, nn.Module) and hasattr(c, "needs")]
-sizes = [(6, 8), (3, 4), (2, 2)]
-
-
-def output(grad):
-    maps = lambda *c: [torch.rand(2, *c, h, w, requires_grad=grad) for h, w in sizes]
-    boxes = [torch.cat([b, b + 20], dim=2) for b in maps(1, 2)]
-    tower = [[m] for m in maps(8)]
-    return SimpleNamespace(fpn=maps(8), cls_tower=tower, reg_tower=tower, cls_logits=maps(1, 3), boxes=boxes,
-                           strides=[8, 16, 32])
-
-
-method = cls("fcos", 8, 8, (8, 16, 32))
-target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
-losses = method(output(True), output(False), [target, target])
-assert losses and all(torch.isfinite(loss) for loss in losses.values())
-sum(losses.values()).backward()
-assert method.maps(output(False), output(False), [target, target])
-assert "kd" not in sys.modules
-print(*losses)
-"""
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_works_in_an_empty_folder(file, tmp_path):
+@pytest.mark.parametrize("method", CLASSES, ids=lambda method: method.__name__)
+def test_example_runs_in_an_empty_folder(method, tmp_path):
+    """The example in the class docstring, with nothing but a copy of the file; its losses are finite and not zero."""
+    file = Path(inspect.getsourcefile(method))
     shutil.copy(file, tmp_path)
-    (tmp_path / "use.py").write_text(USE_ALONE)
-    result = subprocess.run(
-        [sys.executable, "-I", "use.py", file.stem], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    code = textwrap.dedent(re.search(r"Example::\n\n(.*?)(?:\n\n|\Z)", inspect.getdoc(method), re.DOTALL)[1])
+    header = "import sys\nsys.path.insert(0, '.')\nfrom types import SimpleNamespace\nimport torch\n"
+    header += f"from {file.stem} import {method.__name__}\ntorch.manual_seed(0)\n"
+    footer = "\nassert 'kd' not in sys.modules\nprint(sum(losses.values()).item())\n"
+    (tmp_path / "use.py").write_text(header + code + footer)
+    result = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("loss_")
+    assert 0 < float(result.stdout) < float("inf")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients(fake_output, targets, name):
+    """By finite differences for what the student sends; none to the teacher; adapters and units are trained."""
+    method, student, teacher = make(name), fake_output(1), fake_output(2)
+    reads = [attribute for attribute in method.needs if attribute in ("fpn", "cls_tower", "reg_tower")]
+    constants = tensors(teacher, [attribute for attribute in method.needs if attribute != "anchors"])
+    for tensor in (*tensors(student, method.needs), *constants):
+        tensor.requires_grad_()
+    losses = method(student, teacher, targets)
+    assert all(name.startswith("loss_") and loss.shape == () for name, loss in losses.items())
+    sum(losses.values()).backward()
+    assert all(tensor.grad is None for tensor in constants)
+    received = [tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in tensors(student, reads)]
+    assert any(received)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+
+    level = 1  # one tensor by finite differences
+    probe = student.fpn if "fpn" in reads else student.cls_tower[level]
+    index = level if "fpn" in reads else 0
+
+    def loss_of(features):
+        before, probe[index] = probe[index], features
+        total = sum(method.eval()(student, teacher, targets).values())
+        probe[index] = before
+        return total
+
+    assert torch.autograd.gradcheck(loss_of, probe[index].detach().clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_channels_may_differ(fake_output, targets, name):
+    """An adapter is trained then."""
+    method = make(name, 4, 6)
+    losses = method(fake_output(1), fake_output(2, C=6), targets)
+    sum(losses.values()).backward()
+    assert len(list(method.parameters())) > 0
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_images_without_boxes(fake_output, targets, name):
+    """First, last, alone, and the only ones of the batch; losses are finite and can be differentiated."""
+    method, empty = make(name), targets[1]
+    for N, given in ((2, targets), (2, targets[::-1]), (2, [empty, empty]), (1, [empty])):
+        student = fake_output(1, N=N)
+        inputs = [tensor.requires_grad_() for tensor in tensors(student, method.needs)]
+        losses = method(student, fake_output(2, N=N), given)
+        assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
+        sum(losses.values()).backward()
+        gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_constant_features(fake_output, targets, name):
+    """A constant channel and a constant image have finite losses and moderate gradients."""
+    method, student = make(name), fake_output(1)
+    features = tensors(student, ("fpn", "cls_tower", "reg_tower"))
+    for level in features:
+        level[:, 1], level[1] = 0.7, 2.0
+        level.requires_grad_()
+    losses = method(student, fake_output(2), targets)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    gradients = [level.grad for level in features if level.grad is not None]
+    assert gradients and all(g.isfinite().all() and g.abs().max() < 100 for g in gradients)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast(fake_output, targets, name):
+    """With float32 inputs under autocast, losses are float32 and close to those without it; towers are bfloat16."""
+    method, outputs = make(name, 4, 6).float(), (fake_output(1), fake_output(2, C=6))
+    for output in outputs:
+        for attribute, value in vars(output).items():
+            dtype = torch.bfloat16 if "tower" in attribute else torch.float32
+            convert = lambda v, d=dtype: [convert(x) for x in v] if isinstance(v, list) else v.to(d)  # noqa: E731, B023
+            setattr(output, attribute, convert(value))
+    boxes = [{"boxes": target["boxes"].float(), "labels": target["labels"]} for target in targets]
+    for output in outputs:  # what autocast would have rounded, so that only the method differs below
+        output.cls_tower, output.reg_tower = (
+            [[block.float().bfloat16() for block in level] for level in tower]
+            for tower in (output.cls_tower, output.reg_tower)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        half = method(*outputs, boxes)
+    for output in outputs:
+        output.cls_tower, output.reg_tower = (
+            [[block.float() for block in level] for level in tower] for tower in (output.cls_tower, output.reg_tower)
+        )
+    exact = method(*outputs, boxes)
+    assert all(loss.dtype == torch.float32 for loss in half.values())
+    assert_close(half, exact, rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_order_of_ground_truth(fake_output, targets, name):
+    """The order of the boxes of an image does not matter."""
+    method, student, teacher = make(name), fake_output(1), fake_output(2)
+    turned = [{key: values.flip(0) for key, values in target.items()} for target in targets]
+    assert_close(method(student, teacher, turned), method(student, teacher, targets))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ssim", "drkd")])  # autocast rejects meta
+def test_reads_no_value_back(fake_output, targets, name):
+    """Meta tensors have no values: an operation that waits for values of the GPU fails on them."""
+    if name == "tid":
+        targets = targets[:1] * 2
+    method, outputs = make(name).to("meta"), (fake_output(1), fake_output(2))
+    for output in outputs:
+        for attribute, value in vars(output).items():
+            convert = lambda v: [convert(x) for x in v] if isinstance(v, list) else v.to("meta")  # noqa: E731, B023
+            setattr(output, attribute, convert(value))
+    targets = [{key: values.to("meta") for key, values in target.items()} for target in targets]
+    assert all(loss.shape == () for loss in method(*outputs, targets).values())
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """Student and teacher per detector, built once and copied."""
+    """Student and teacher of each detector, built once and copied."""
     torch.manual_seed(0)
     built = {d: [build_detector(d, "test_resnet", 3, image_size=(32, 48)) for _ in range(2)] for d in DETECTORS}
     return lambda detector: copy.deepcopy(built[detector])
 
 
+def test_pgd_needs_a_dense_detector():
+    with pytest.raises(ValueError, match="faster_rcnn does not have"):
+        METHODS["pgd"]("faster_rcnn", 256, 256, STRIDES["faster_rcnn"])
+
+
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "detector"), SERVED)
 def test_one_training_step(networks, name, detector, amp):
     """Finite losses; gradients reach every parameter of method and student, none the teacher; one image is empty."""
     student, teacher = networks(detector)
-    if name == "pgd" and detector == "faster_rcnn":
-        with pytest.raises(ValueError, match="faster_rcnn|Faster R-CNN"):
-            METHODS[name](detector, 256, 256, STRIDES[detector])
-        return
     distiller = Distiller(student, teacher, METHODS[name](detector, 256, 256, STRIDES[detector])).train()
     images = [torch.rand(3, 32, 40), torch.rand(3, 32, 32)]
     targets = [
         {"boxes": torch.tensor([[4.0, 4.0, 20.0, 25.0], [10.0, 2.0, 35.0, 15.0]]), "labels": torch.tensor([1, 2])},
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
     ]
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        losses = distiller(images, targets)
-    terms = [key for key in losses if key.startswith(f"loss_{name}_")]
-    assert terms and all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
     if not amp:
-        check_terms(losses, terms, terms, student)
+        assert len(check_terms(distiller, images, targets)) <= 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        detection, distillation = distiller(images, targets)
+    assert distillation and all(key.startswith(f"loss_{name}_") for key in distillation)
+    losses = {**detection, **distillation}
+    assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in distiller.parameters())
     assert all(p.grad is None for p in teacher.parameters())
-    # What is exported is torchvision's student: nothing of the method is in it.
-    assert student.state_dict().keys() == networks(detector)[0].state_dict().keys()
+    assert student.state_dict().keys() == networks(detector)[0].state_dict().keys()  # nothing of the method is in it
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "detector"), SERVED)
 def test_maps(networks, name, detector):
     """One map per level over its positions, at least 0, and matrices of objects; an image may have no boxes."""
-    if name == "pgd" and detector == "faster_rcnn":
-        return
     distiller = Distiller(*networks(detector), METHODS[name](detector, 256, 256, STRIDES[detector])).eval()
     for boxes in (torch.tensor([[4.0, 4.0, 20.0, 25.0], [10.0, 2.0, 35.0, 15.0]]), torch.zeros(0, 4)):
         target = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)}
-        images, targets = distiller.student.transform([torch.rand(3, 32, 40)], [target])
-        student, teacher = distiller.outputs(images)
         with torch.no_grad():
-            maps = distiller.method.maps(student, teacher, targets)
+            images, targets = distiller.student.transform([torch.rand(3, 32, 40)], [target])
+            student, _ = forward_detector(distiller.student, images, needs=distiller.method.needs)
+            maps = distiller.method.maps(student, distiller.run_teacher(images), targets)
         assert len(maps) > 0
         for map_name, levels in maps.items():
-            if "matrix" in map_name:
+            if map_name.endswith("matrix"):
                 assert all(level.shape == (1, len(boxes), len(boxes)) for level in levels)
             else:
-                sizes = distiller.teacher.backbone(images.tensors).values()
-                assert [level.shape for level in levels] == [size[:, 0].shape for size in sizes]
+                assert [level.shape for level in levels] == [level[:, 0].shape for level in student.fpn]
             assert all(level.isfinite().all() and (level >= 0).all() for level in levels)

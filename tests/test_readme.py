@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kd.arguments import settle
 from PIL import Image
 
 import eval as evaluation_script
 import kd.data
 import kd.methods
 import train
-from kd import benchmark
-from kd.arguments import settle
-from kd.shapes import Shapes
+from kd.data.shapes import Shapes
+from kd.tools import benchmark
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

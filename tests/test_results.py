@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.compare import COLUMNS, collect, compare, format_table
+from kd.tools.table import COLUMNS, collect, compare, format_table
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("method", "seed: AP", "AP", "gain", "over l2")  # columns of the README's tables

@@ -16,21 +16,23 @@ import pytest
 import torch
 
 import kd.data
+import kd.run.progress
 import train
-from kd.checkpoint import save
-from kd.processes import StopSignal
+from kd.run.checkpoint import save
+from kd.run.signals import StopSignal
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--student", "test_resnet", "--image-size", "64", "64", "--batch-size", "4", "--epochs", "5"),
-    *("--device", "cpu", "--checkpoint-minutes", "1e-9"),
+    *("--device", "cpu"),
 ]
 DISTIL = ["--method", "frs", "--teacher", "test_resnet"]
 
 # A process of its own, on few pictures.
 SCRIPT = """
-import kd.data, train
+import kd.data, kd.run.progress, train
 kd.data.SHAPES_TRAIN, kd.data.SHAPES_VAL = 16, 4
+kd.run.progress.CHECKPOINT_MINUTES = 0
 if __name__ == "__main__":
     train.main(train.parse_args())
 """
@@ -40,6 +42,7 @@ if __name__ == "__main__":
 def few_shapes(monkeypatch):
     monkeypatch.setattr(kd.data, "SHAPES_TRAIN", 16)
     monkeypatch.setattr(kd.data, "SHAPES_VAL", 4)
+    monkeypatch.setattr(kd.run.progress, "CHECKPOINT_MINUTES", 0)
 
 
 def run(*words) -> dict:
@@ -86,14 +89,14 @@ def assert_same_run(first: Path, second: Path) -> None:
     logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (first, second)]
     for log in logs:
         for line in log:
-            del line["images_per_second"], line["seconds_per_step"]
+            del line["images_per_second"], line["waiting_for_data"]
     assert logs[0] == logs[1]
 
 
 def test_killed_and_resumed(start, tmp_path):
     """Killed three times at random moments, in the middle of a save among them: a checkpoint is written every step."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = [*DISTIL, "--workers", 1, "--ema", 0.9]
+    words = [*DISTIL, "--workers", 1]
     run(*words, "--output", whole)
     generator = random.Random(0)
     for _ in range(3):
@@ -119,13 +122,13 @@ def test_stopped_and_resumed(start, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, printed
     command = shlex.split(printed.splitlines()[-1])
     assert command[0] == "python" and command[-2:] == ["--resume", "auto"]
-    steps = int(re.search(r"stopped after iteration (\d+)", printed)[1])
+    steps = int(re.search(r"stopped after step (\d+)", printed)[1])
     state = torch.load(parts / "checkpoint.pt", weights_only=True)
-    assert 0 < steps == 4 * state["epoch"] + state["steps"] < 20
+    assert 0 < steps == 4 * state["epoch"] + state["step"] < 20
     command[0] = sys.executable
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"continuing {parts} after {state['steps']} steps of epoch {state['epoch'] + 1}" in result.stdout
+    assert f"continuing {parts} after {state['step']} steps of epoch {state['epoch'] + 1}" in result.stdout
     assert_same_run(whole, parts)
 
 
@@ -133,7 +136,7 @@ def test_a_second_signal_ends_the_process():
     """The first is noted; another within a second is torchrun's echo; a later one ends the process at once."""
     script = """
 import signal, time
-from kd.processes import StopSignal
+from kd.run.signals import StopSignal
 stop = StopSignal()
 for _ in range(2):
     signal.raise_signal(signal.SIGINT)
@@ -145,7 +148,7 @@ print("not reached", flush=True)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == -signal.SIGINT
-    assert "once more to leave at once" in result.stdout and result.stdout.endswith("alive\n")
+    assert "send the signal again to stop now" in result.stdout and result.stdout.endswith("alive\n")
 
 
 def test_signals_are_given_back():
@@ -168,7 +171,8 @@ def interrupted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kd.data, "SHAPES_TRAIN", 16)
         patch.setattr(kd.data, "SHAPES_VAL", 4)
-        patch.setattr(train, "save", save_some)
+        patch.setattr(kd.run.progress, "CHECKPOINT_MINUTES", 0)
+        patch.setattr(kd.run.progress, "save", save_some)
         with pytest.raises(KeyboardInterrupt):
             run(*DISTIL, "--output", folder / "run")
     return folder
@@ -217,5 +221,5 @@ def test_nothing_to_resume(tmp_path, capsys):
 
 def test_unwritable_output(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="the output folder .* cannot be written: Not a directory"):
+    with pytest.raises(ValueError, match="cannot write to the output folder .*: Not a directory"):
         run("--output", tmp_path / "file" / "x")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from kd.shapes import CLASSES, Shapes, covered, outline
+from kd.data.shapes import CLASSES, Shapes, covered, outline
 
 
 def test_the_same_picture_for_the_same_seed_and_index():

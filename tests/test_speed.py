@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from kd.detectors import build_backbone, build_detector
-from kd.speed import fold_batch_norm, speed_up_teacher
+from kd.detectors import build_detector
+from kd.detectors.backbone import build_backbone
+from kd.run.speed import fold_batch_norm, speed_up_teacher
 
 
 def norms(module: nn.Module) -> int:

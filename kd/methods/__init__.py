@@ -1,11 +1,17 @@
-"""The distillation methods by name. Each file stands alone; this is the only place that lists them.
+"""The distillation methods by name. Each file is self-contained; this is the only place that lists them.
 
-A method is a module called as method(student, teacher, targets), which returns its weighted losses by name. `needs`
-names what it reads of the two outputs, `warmup` is the number of iterations over which its losses shall grow, and
-`maps`, with the same arguments, returns where it looks, for kd.explain to draw.
+A method is a module called as method(student, teacher, targets). It returns its weighted losses by name. `needs` lists
+the DetectorOutput attributes it reads, `warmup` is the number of training steps over which its losses grow to full
+weight, and `maps`, called with the same arguments, returns where it looks, for `eval.py --explain`.
 """
 
+import ast
+import inspect
 from functools import partial
+from types import UnionType
+from typing import get_args, get_origin
+
+from torch import nn
 
 from kd.methods.drkd import DRKD
 from kd.methods.frs import FRS
@@ -23,3 +29,56 @@ METHODS = {
     "drkd": DRKD,
     "tid": TID,
 }
+
+
+def build_method(
+    name: str,
+    detector: str,
+    student_channels: int,
+    teacher_channels: int,
+    strides: tuple[int, ...],
+    settings: list[str],
+) -> nn.Module:
+    """Build a method.
+
+    Args:
+        name: a key of METHODS.
+        detector: chooses the default hyper-parameters.
+        student_channels: channels of the student's FPN levels.
+        teacher_channels: channels of the teacher's.
+        strides: of the levels, in pixels.
+        settings: hyper-parameters as NAME=VALUE, VALUE a Python literal or text.
+
+    Raises:
+        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type.
+    """
+    make = METHODS[name]
+    fixed = getattr(make, "keywords", {})  # l1 and l2 are one class with p fixed
+    parameters = inspect.signature(make).parameters.values()
+    legal = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+    values = {}
+    for text in settings:
+        key, _, value = text.partition("=")
+        if key not in legal or not value:
+            raise ValueError(f"--set {text}: {name} takes NAME=VALUE with NAME one of {', '.join(legal)}")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value
+        kind = legal[key].annotation
+        if not has_type(values[key], kind):
+            kind = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"--set {text}: {name} takes {key} as {kind}, default {legal[key].default}")
+    return make(detector, student_channels, teacher_channels, strides, **values)
+
+
+def has_type(value: object, annotation: object) -> bool:
+    """Return whether a value agrees with an annotation: a plain type, a tuple, or a union of them."""
+    if get_origin(annotation) is UnionType:
+        return any(has_type(value, member) for member in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        element, *others = get_args(annotation)
+        if not isinstance(value, tuple) or (others != [Ellipsis] and len(value) != 1 + len(others)):
+            return False
+        return all(has_type(v, element) for v in value)
+    return type(value) is annotation or (annotation is float and type(value) is int)

@@ -1,152 +1,130 @@
 """DRKD: "Dual Relation Knowledge Distillation for Object Detection", IJCAI 2023, https://arxiv.org/abs/2302.05637.
 
-Compared position by position, feature maps let the background drown the objects, small ones first, and say nothing of
-how the parts of an image relate. DRKD compares features after they were related. Pixels: a graph-reasoning unit (GloRe)
-gathers a level's positions into d nodes, lets the nodes exchange information and spreads the result back. Instances:
-the objects of an image, pooled to 3x3, attend to each other, so small ones profit from what they share with large ones.
-A third term imitates the pooled objects as they are. With ||.|| the square root of a sum of squares:
+Compared position by position, background dominates the feature maps, small objects hardly count, and relations between
+the parts of an image are lost. DRKD relates features before it compares them: the positions of a level by a graph
+reasoning unit (GloRe), which projects them to d nodes and back, the objects of an image, pooled to 3x3, by attention to
+each other, so that small ones profit from large ones. A third term imitates the pooled objects directly.
 
-    unit_l(x)   = x + norm(extend(mix_states(relu(v + mix_nodes(v))) nodes(x)))           v = states(x) nodes(x)^T
-    relate_l(s) = s + extend(P g(s))      P = softmax over each row of (theta(s) phi(s)^T * filter(s)), [n, n]
+    pixel_unit(x) = x + norm(W_5 Z B)        B = W_1 x    V = (W_2 x) B^T    Z = W_4 relu(V + V W_3)                (1)
+    instance_unit(s) = s + W_7 P (W_6 s)     P = softmax over rows of (theta(s) phi(s)^T * filter(s))               (2)
+    pixel    = pixel_weight    * sum_l       || adapter(pixel_unit_student(x_l)) - pixel_unit_teacher(y_l) ||       (3)
+    relation = relation_weight * sum_{l<2,n} || adapter(instance_unit_student(s)) - instance_unit_teacher(t) ||     (4)
+    instance = instance_weight * sum_{l<2,n} || adapter(s) - t ||                                                   (5)
 
-    pixel    = l1 * sum_l       || adapter_l(unit_student_l(student_l)) - unit_teacher_l(teacher_l) ||
-    relation = l2 * sum_{l<2,n} || adapter_l(relate_student_l(s_l[n]))  - relate_teacher_l(t_l[n])  ||
-    instance = l3 * sum_{l<2,n} || adapter_l(s_l[n]) - t_l[n] ||           s_l[n], t_l[n]: image n's objects on level l
+Where:
+    x_l, y_l are FPN features of student and teacher on level l, [C, HW]; s, t are the objects of image n pooled from
+    them, [n, 9C], on the two finest levels.
+    || . || is the root of a sum of squares, neither squared nor averaged, over the images of this process: (3) grows
+    with the root of their number, (4) and (5) with their number and with the root of the objects in each.
+    Units (the teacher's too) and adapters (1x1 convolutions) are trained with the student and dropped afterwards. Only
+    (5) has a fixed target; in (3) and (4) both sides could agree on less.
 
-Norms are neither squared nor averaged, and run over each process's own images: the pixel norm grows with the root of
-their number, the other two with the number, and the instance norm with the root of the objects in each. Units, the
-teacher's too, and adapters train with the student and are dropped afterwards (instance units: 43 million parameters).
-Both sides could agree on cancelling what is hard to match; only the instance term has a fixed target: watch all three.
-
-Reference code: https://github.com/nizhenliang/Dual-Relation-Knowledge-Distillation at 78ea05b (two_stage.py, GloRe.py;
-single_stage.py does not run). Where it is at odds with the paper or itself:
-- The paper has a mean of squares for pixels and compares the matrices P (`relation="matrices"`, without a published
-  weight); the code has norms, which its weights belong to, and compares related features. So does this file.
-- The code makes the filter's layer anew at every step, so it is random and never trained. Here its 64 outputs belong to
-  the objects in order of area, largest first, as in lines that the code has commented out; the 65th is not related.
-- The code pools the boxes of all images from the first image of the batch. Here they are pooled from their own.
+Reference code: https://github.com/nizhenliang/Dual-Relation-Knowledge-Distillation at 78ea05b (two_stage.py, GloRe.py).
+1. The paper has a mean of squares in (3) and compares the matrices P in (4). The published weights belong to the code,
+   which this file follows. A third-party reading also averages squares in (5) and has no relu in (1).
+2. The code pools all boxes from the first image, and creates the layer of the filter anew at every step, so it is never
+   trained. Here its 64 outputs belong to the objects by decreasing area, as in lines that the code has commented out.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torchvision.ops import roi_align
 
-# (l1, l2, l3) of the reference code, for dense detectors partly in commented-out lines.
+# pixel_weight, relation_weight, instance_weight: reference code, for dense detectors partly in commented-out lines.
 WEIGHTS = {"retinanet": (4e-3, 5e-3, 6e-3), "fcos": (4e-3, 5e-3, 6e-3), "faster_rcnn": (1e-3, 4e-3, 2.4e-3)}
-NODES = (64, 64, 256, 256, 256)  # d of each level, finest first, reference code
-MAX_RELATED = 64  # objects of an image, our reading
+NODES = (64, 64, 256, 256, 256)  # d of each level, finest first: reference code
+MAX_RELATED = 64  # objects of an image: our reading
 
 
 def largest_first(boxes: Tensor) -> Tensor:
-    """Sort boxes [M, 4], xyxy, by area, largest first; equal areas keep their order."""
+    """Return boxes [M, 4], xyxy, by decreasing area; equal areas keep their order."""
     return boxes[(boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(descending=True, stable=True)]
 
 
-def pool_instances(features: Tensor, boxes: list[Tensor], stride: int) -> tuple[Tensor, ...]:
-    """Pool each image's boxes [M, 4], xyxy pixels, M >= 0, from its own features of [N, C, H, W] to [M, C, 3, 3]."""
+def pool_instances(features: Tensor, boxes: list[Tensor], stride: int) -> list[Tensor]:
+    """Return the objects [M, C, 3, 3] of each image, for features [N, C, H, W] and boxes [M, 4] in xyxy pixels."""
     if len(boxes) != len(features):
-        raise ValueError(f"{len(boxes)} sets of boxes for the images of features {tuple(features.shape)}")
-    features = at_least_float32(features)  # on the CPU, RoIAlign has no bfloat16
+        raise ValueError(f"{len(boxes)} sets of boxes for {len(features)} images")
     boxes = [b.to(features) for b in boxes]
-    return roi_align(features, boxes, output_size=3, spatial_scale=1 / stride).split([len(b) for b in boxes])
+    return list(roi_align(features, boxes, output_size=3, spatial_scale=1 / stride).split([len(b) for b in boxes]))
 
 
 def frobenius_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Square root of the sum of squared differences; its gradient, also to the teacher's units, is 0 where it is 0."""
+    """Return the root of the sum of squared differences; its gradient is 0 where it is 0."""
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree")
-    return torch.linalg.vector_norm(at_least_float32(student) - at_least_float32(teacher))
+    return torch.linalg.vector_norm(student - teacher)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Lift half precision to float32, as under autocast; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class PixelRelation(nn.Module):
-    """Global graph reasoning (GloRe) over one level."""
+class PixelUnit(nn.Module):
+    """Global graph reasoning over the positions of a level, (1)."""
 
     def __init__(self, channels: int, nodes: int):
         super().__init__()
-        self.states = nn.Conv2d(channels, 2 * nodes, 1)
-        self.nodes = nn.Conv2d(channels, nodes, 1)
-        self.mix_nodes = nn.Linear(nodes, nodes)  # the learned adjacency
-        self.mix_states = nn.Linear(2 * nodes, 2 * nodes, bias=False)
-        self.extend = nn.Conv2d(2 * nodes, channels, 1, bias=False)
+        self.states = nn.Conv2d(channels, 2 * nodes, 1)  # W_2
+        self.nodes = nn.Conv2d(channels, nodes, 1)  # W_1
+        self.mix_nodes = nn.Linear(nodes, nodes)  # W_3, the learned adjacency
+        self.mix_states = nn.Linear(2 * nodes, 2 * nodes, bias=False)  # W_4
+        self.extend = nn.Conv2d(2 * nodes, channels, 1, bias=False)  # W_5
         self.norm = nn.BatchNorm2d(channels, eps=1e-4)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return [N, C, H, W] for features [N, C, H, W], at least float32."""
-        x, norm = at_least_float32(features), self.norm
-        with torch.autocast(x.device.type, enabled=False):  # v sums tens of thousands of positions
-            nodes = self.nodes(x).flatten(2)  # [N, d, HW], no activation
-            v = self.states(x).flatten(2) @ nodes.mT  # [N, 2d, d], not divided by HW
-            v = (v + self.mix_nodes(v)).relu()
-            y = (nodes.mT @ self.mix_states(v.mT)).mT  # [N, 2d, HW], in memory channels last, as x is in training
-            y = self.extend(y.unflatten(2, x.shape[2:]))
-            if y[:, 0].numel() > 1:
-                return x + norm(y)
-            # A single image's 1x1 level has no variance: use the running statistics and leave them as they are.
-            return x + batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, C, H, W] for features [N, C, H, W]."""
+        B = self.nodes(x).flatten(2)  # [N, d, HW]
+        V = self.states(x).flatten(2) @ B.mT  # [N, 2d, d], not divided by HW
+        Z = self.mix_states((V + self.mix_nodes(V)).relu().mT)  # [N, d, 2d]
+        y = self.extend((B.mT @ Z).mT.unflatten(2, x.shape[2:]))  # [N, C, H, W]
+        norm, training = self.norm, self.training and y[:, 0].numel() > 1  # one 1x1 map alone has no variance
+        return x + batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, eps=norm.eps)
 
 
-class RelationMatrix(nn.Module):
-    """How much each object of an image attends to each, P of the equation, for objects of `size` = 9C values.
+class InstanceUnit(nn.Module):
+    """Attention among the objects of an image, of `size` = 9C values each, (2).
 
-    Takes all images at once, for each pass through a layer has millions of weights to read.
+    Takes the objects of all images at once, so that its millions of weights are read once.
     """
 
-    def __init__(self, size: int, relation_filter: bool = True):
+    def __init__(self, size: int):
         super().__init__()
         self.theta = nn.Linear(size, size // 2)
         self.phi = nn.Linear(size, size // 2)
-        self.filter = nn.Linear(size, MAX_RELATED) if relation_filter else None
+        self.filter = nn.Linear(size, MAX_RELATED)
+        self.g = nn.Linear(size, size // 2)  # W_6
+        self.extend = nn.Linear(size // 2, size)  # W_7
 
-    def forward(self, instances: Sequence[Tensor]) -> list[Tensor]:
-        """Return per image [n, n], rows sum to 1, at least float32, for its objects [n, C, 3, 3]."""
+    def matrices(self, instances: list[Tensor]) -> list[Tensor]:
+        """Return P [n, n] of each image, for its objects [n, C, 3, 3], n <= MAX_RELATED; rows sum to 1."""
         counts = [len(s) for s in instances]
-        if self.filter is not None and max(counts) > MAX_RELATED:
-            raise ValueError(f"at most {MAX_RELATED} related objects of an image, not {max(counts)}")
-        s = at_least_float32(torch.cat(instances)).flatten(1)
-        with torch.autocast(s.device.type, enabled=False):  # the logits sum a thousand products and are not scaled
-            logits = [theta @ phi.mT for theta, phi in zip(self.theta(s).split(counts), self.phi(s).split(counts))]
-            if self.filter is not None:
-                filters = self.filter(s).split(counts)
-                logits = [x * w[:, : len(x)].softmax(dim=1) for x, w in zip(logits, filters)]
-            return [x.softmax(dim=1) for x in logits]
+        s = torch.cat(instances).flatten(1)
+        parts = zip(*(layer(s).split(counts) for layer in (self.theta, self.phi, self.filter)))
+        return [(theta @ phi.T * f[:, : len(theta)].softmax(dim=1)).softmax(dim=1) for theta, phi, f in parts]
 
-
-class InstanceRelation(nn.Module):
-    """Add to each object of an image what it gathers from all of them by their relation matrix."""
-
-    def __init__(self, size: int, relation_filter: bool = True):
-        super().__init__()
-        self.matrix = RelationMatrix(size, relation_filter)
-        self.g = nn.Linear(size, size // 2)
-        self.extend = nn.Linear(size // 2, size)
-
-    def forward(self, instances: Sequence[Tensor]) -> list[Tensor]:
-        """Return per image [n, C, 3, 3] for its objects [n, C, 3, 3]."""
+    def forward(self, instances: list[Tensor]) -> list[Tensor]:
+        """Return [n, C, 3, 3] of each image, for its objects [n, C, 3, 3]."""
         counts = [len(s) for s in instances]
         values = self.g(torch.cat(instances).flatten(1)).split(counts)
-        gathered = torch.cat([P @ g for P, g in zip(self.matrix(instances), values)])
-        return [s + x.view_as(s) for s, x in zip(instances, self.extend(gathered).split(counts))]
+        gathered = self.extend(torch.cat([P @ g for P, g in zip(self.matrices(instances), values)])).split(counts)
+        return [s + x.view_as(s) for s, x in zip(instances, gathered)]
 
 
 class DRKD(nn.Module):
-    """Distillation of relations between pixels and between objects, and of the objects' features.
+    """Distillation of relations between pixels and between objects, and of the features of objects.
 
     Args:
         detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weights.
-        student_channels, teacher_channels: of the pyramid levels.
-        strides: pixels per position, one per pyramid level, finest first.
-        l1, l2, l3: weights of pixel relation, instance relation and instance imitation.
-        relation: "features", or "matrices": squared differences of P, summed over its entries, levels and images.
-        relation_filter: multiply P's logits by a learned softmax over each row.
-        nodes: d of each level, finest first; there may be more than levels.
+        student_channels, teacher_channels: of the FPN.
+        strides: of the levels, in pixels, finest first.
+        pixel_weight, relation_weight, instance_weight: of (3), (4) and (5).
+        nodes: d of each level, finest first, at least one per level.
+
+    Example::
+
+        sizes = [(40, 60), (20, 30)]  # of the levels
+        student = SimpleNamespace(fpn=[torch.rand(2, 64, *size) for size in sizes])
+        teacher = SimpleNamespace(fpn=[torch.rand(2, 64, *size) for size in sizes])
+        target = {"boxes": torch.tensor([[20.0, 30, 90, 80], [100, 40, 200, 160]])}
+        losses = DRKD("fcos", 64, 64, strides=(8, 16))(student, teacher, [target, target])  # {"loss_drkd_pixel": ...}
     """
 
     needs = ("fpn",)
@@ -158,69 +136,65 @@ class DRKD(nn.Module):
         student_channels: int,
         teacher_channels: int,
         strides: tuple[int, ...],
-        l1: float | None = None,
-        l2: float | None = None,
-        l3: float | None = None,
-        relation: str = "features",
-        relation_filter: bool = True,
+        *,
+        pixel_weight: float | None = None,
+        relation_weight: float | None = None,
+        instance_weight: float | None = None,
         nodes: tuple[int, ...] = NODES,
     ):
         super().__init__()
-        if relation not in ("features", "matrices"):
-            raise ValueError(f'relation must be "features" or "matrices", not {relation!r}')
         if len(nodes) < len(strides):
             raise ValueError(f"{len(strides)} levels need as many nodes, not {tuple(nodes)}")
-        weights = zip(("pixel", "relation", "instance"), (l1, l2, l3), WEIGHTS[detector])
-        self.weights = {term: default if given is None else given for term, given, default in weights}
-        self.relation, self.strides = relation, strides[:2]  # objects live on the two finest levels
-        nodes, channels = nodes[: len(strides)], (student_channels, teacher_channels)
-        unit = InstanceRelation if relation == "features" else RelationMatrix
-        self.pixel_student, self.pixel_teacher = (nn.ModuleList(PixelRelation(C, d) for d in nodes) for C in channels)
+        given = (pixel_weight, relation_weight, instance_weight)
+        self.weights = [default if g is None else g for g, default in zip(given, WEIGHTS[detector])]
+        self.strides, nodes = strides[:2], nodes[: len(strides)]  # objects are pooled from the two finest levels
+        channels = student_channels, teacher_channels
+        self.pixel_student, self.pixel_teacher = (nn.ModuleList(PixelUnit(C, d) for d in nodes) for C in channels)
         self.pixel_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in strides)
-        self.relation_student, self.relation_teacher = (
-            nn.ModuleList(unit(9 * C, relation_filter) for _ in self.strides) for C in channels
+        self.instance_student, self.instance_teacher = (
+            nn.ModuleList(InstanceUnit(9 * C) for _ in self.strides) for C in channels
         )
-        if relation == "features":
-            self.relation_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in self.strides)
+        self.relation_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in self.strides)
         self.instance_adapters = nn.ModuleList(nn.Conv2d(*channels, 1) for _ in self.strides)
 
     def forward(self, student, teacher, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return loss_drkd_pixel, loss_drkd_relation and loss_drkd_instance, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W].
+            student: has fpn, a list over levels of [N, C, H, W], in float32.
             teacher: the same, constants.
-            targets: per image, boxes [M, 4], xyxy pixels of the network input.
+            targets: for each image boxes [M, 4], xyxy pixels.
         """
-        fpn_s, fpn_t = student.fpn, [x.detach() for x in teacher.fpn]
-        units = zip(self.pixel_adapters, self.pixel_student, self.pixel_teacher, fpn_s, fpn_t)
-        pixel_loss = sum(frobenius_distance(adapter(unit_s(s)), unit_t(t)) for adapter, unit_s, unit_t, s, t in units)
-        relation_loss = instance_loss = 0  # images without boxes add 0 to both, and a gradient to every parameter
-        boxes = [largest_first(target["boxes"]) for target in targets]
+        fpn_s, fpn_t = student.fpn, [y.detach() for y in teacher.fpn]
+        with torch.autocast(fpn_s[0].device.type, enabled=False):  # V sums tens of thousands of positions
+            units = zip(self.pixel_adapters, self.pixel_student, self.pixel_teacher, fpn_s, fpn_t)
+            pixel = sum(frobenius_distance(adapter(unit_s(x)), unit_t(y)) for adapter, unit_s, unit_t, x, y in units)
+            relation, instance = self.instance_losses(fpn_s, fpn_t, [largest_first(t["boxes"]) for t in targets])
+        losses = {"loss_drkd_pixel": pixel, "loss_drkd_relation": relation, "loss_drkd_instance": instance}
+        return {name: weight * loss for (name, loss), weight in zip(losses.items(), self.weights)}
+
+    def instance_losses(self, fpn_s: list[Tensor], fpn_t: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the sums over levels and images in (4) and (5); an image without objects adds 0."""
+        relation = instance = 0
         for level, stride in enumerate(self.strides):
-            pooled_s, pooled_t = (pool_instances(fpn[level], boxes, stride) for fpn in (fpn_s, fpn_t))
-            for s, t in zip(pooled_s, pooled_t):  # [M, C, 3, 3] of one image
-                instance_loss += frobenius_distance(self.instance_adapters[level](s), t)
-            related_s = self.relation_student[level]([s[:MAX_RELATED] for s in pooled_s])
-            related_t = self.relation_teacher[level]([t[:MAX_RELATED] for t in pooled_t])
+            objects_s, objects_t = (pool_instances(fpn[level], boxes, stride) for fpn in (fpn_s, fpn_t))
+            for s, t in zip(objects_s, objects_t):  # [M, C, 3, 3] of one image
+                instance += frobenius_distance(self.instance_adapters[level](s), t)
+            related_s = self.instance_student[level]([s[:MAX_RELATED] for s in objects_s])
+            related_t = self.instance_teacher[level]([t[:MAX_RELATED] for t in objects_t])
             for s, t in zip(related_s, related_t):
-                if self.relation == "features":
-                    relation_loss += frobenius_distance(self.relation_adapters[level](s), t)
-                else:
-                    relation_loss += (s - t).square().sum()
-        losses = zip(self.weights.items(), (pixel_loss, relation_loss, instance_loss))
-        return {f"loss_drkd_{term}": weight * loss for (term, weight), loss in losses}
+                relation += frobenius_distance(self.relation_adapters[level](s), t)
+        return relation, instance
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
-        """Return "pixel change" [N, H, W], mean over channels of |unit(x) - x|, and "relation matrix" [N, n, n], P.
+        """Return maps of the teacher by name, a list over levels.
 
-        Of each network and level, P of the two finest, objects in order of area, of which all images must have n.
+        "pixel change", [N, H, W], is the mean over channels of |pixel_unit(y) - y|. "relation matrix" is P [N, n, n] on
+        the two finest levels, objects by decreasing area; all images must have the same number n.
         """
-        maps, boxes = {}, [largest_first(target["boxes"])[:MAX_RELATED] for target in targets]
-        for name, fpn in (("teacher", teacher.fpn), ("student", student.fpn)):
-            pixel, relation = getattr(self, f"pixel_{name}"), getattr(self, f"relation_{name}")
-            matrices = (unit.matrix if self.relation == "features" else unit for unit in relation)
-            related = zip(matrices, (pool_instances(x, boxes, stride) for x, stride in zip(fpn, self.strides)))
-            maps[f"pixel change {name}"] = [(unit(x) - x).abs().mean(dim=1) for unit, x in zip(pixel, fpn)]
-            maps[f"relation matrix {name}"] = [torch.stack(P(instances)) for P, instances in related]
-        return maps
+        boxes = [largest_first(target["boxes"])[:MAX_RELATED] for target in targets]
+        objects = [pool_instances(y, boxes, stride) for y, stride in zip(teacher.fpn, self.strides)]
+        return {
+            "pixel change": [(unit(y) - y).abs().mean(dim=1) for unit, y in zip(self.pixel_teacher, teacher.fpn)],
+            "relation matrix": [torch.stack(unit.matrices(t)) for unit, t in zip(self.instance_teacher, objects)],
+        }

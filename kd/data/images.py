@@ -1,16 +1,16 @@
-"""Pictures as other people save them: found, checked without decoding them all, and read as upright RGB."""
+"""Check image files without decoding all of them, and read them as upright RGB."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.distributed import get_node_local_rank
 from tqdm import tqdm
 
-from kd.coco import DataError
-from kd.processes import rank
+from kd.data.coco import DataError
 
-# What an EXIF orientation asks for; 1 is upright. From 5 on, width and height change places.
+# The transposition for each EXIF orientation; 1 is upright. From 5 on, width and height are swapped.
 TURNS = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,7 +22,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# The last bytes of a file that was written to its end.
+# The last bytes of a complete file.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
@@ -34,11 +34,11 @@ def find_bad_images(folder: Path, images: list[dict]) -> dict[int, str]:
         images: entries of COCO's "images".
 
     Raises:
-        DataError: the folder is none.
+        DataError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give the one that holds the images")
-    # All of Pillow's formats now, the usual ones first: threads that load them at the same time miss some.
+        raise DataError(f"{folder} is not a folder: give the folder that contains the images")
+    # Load Pillow's formats before the threads start; loading is not thread-safe.
     Image.preinit()
     Image.init()
 
@@ -47,7 +47,7 @@ def find_bad_images(folder: Path, images: list[dict]) -> dict[int, str]:
 
     with ThreadPoolExecutor() as pool:
         reasons = pool.map(check, images)
-        bar = {"leave": False, "delay": 2, "disable": rank() > 0, "dynamic_ncols": True}
+        bar = {"leave": False, "delay": 2, "disable": get_node_local_rank(0) > 0, "dynamic_ncols": True}
         reasons = tqdm(reasons, f"checking {folder}", len(images), **bar)
         return {image["id"]: f"{image['file_name']!r}: {reason}" for image, reason in zip(images, reasons) if reason}
 
@@ -55,8 +55,8 @@ def find_bad_images(folder: Path, images: list[dict]) -> dict[int, str]:
 def why_bad(path: Path, size: tuple[float, float]) -> str | None:
     """Return why an image cannot be used, None if it can.
 
-    A JPEG or PNG that ends as it should is judged by its header. All others are decoded to know: the end may be
-    missing, or only be followed by something else.
+    A JPEG or PNG with a complete end is judged by its header. Other files are decoded: the end may be missing, or only
+    be followed by other bytes.
 
     Args:
         path: of the file.
@@ -64,7 +64,7 @@ def why_bad(path: Path, size: tuple[float, float]) -> str | None:
     """
     try:
         if not path.is_file():
-            return "not there"
+            return "file not found"
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - 8, 0))
             end = file.read()
@@ -73,14 +73,14 @@ def why_bad(path: Path, size: tuple[float, float]) -> str | None:
             if image.format not in END_MARKERS or not end.endswith(END_MARKERS[image.format]):
                 decode(image, size)
     except UnidentifiedImageError:
-        return f"not an image that Pillow knows ({path.stat().st_size} bytes)"
-    except Exception as error:  # Pillow's readers raise almost anything
+        return f"not an image that Pillow can read ({path.stat().st_size} bytes)"
+    except Exception as error:  # Pillow's decoders raise many types
         return str(error) or type(error).__name__
     return None
 
 
 def read_image(path: Path, size: tuple[float, float]) -> Image.Image:
-    """Return a picture as RGB, upright.
+    """Return an image as RGB, upright.
 
     Args:
         path: of the file.
@@ -92,26 +92,26 @@ def read_image(path: Path, size: tuple[float, float]) -> Image.Image:
     try:
         with Image.open(path) as image:
             return decode(image, size)
-    except Exception as error:  # Pillow's readers raise almost anything
-        raise DataError(f"{path} cannot be used: {error}. Repair it, or take it out of the annotations") from error
+    except Exception as error:  # Pillow's decoders raise many types
+        raise DataError(f"{path} cannot be used: {error}. Repair it, or remove it from the annotations") from error
 
 
 def decode(image: Image.Image, size: tuple[float, float]) -> Image.Image:
-    """Return an opened picture as RGB, upright and of the annotated width and height."""
+    """Return an opened image as RGB, upright and of the annotated width and height."""
     turn = find_turn(image, size)
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255, and all would be white
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     elif image.mode == "P":
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palettes
+        image = image.convert("RGBA")  # Pillow warns of transparent palettes when converting directly to RGB
     image = image.convert("RGB")
     image = image if turn is None else image.transpose(turn)
-    if image.size != size:  # seen in damaged TIFFs
-        raise ValueError(f"{image.width}x{image.height} pixels, but its header promises others")
+    if image.size != size:  # happens in damaged TIFFs
+        raise ValueError(f"{image.width}x{image.height} pixels, which differs from its header")
     return image
 
 
 def find_turn(image: Image.Image, size: tuple[float, float]) -> Image.Transpose | None:
-    """Return how a picture must be turned to be upright and of the annotated size; only its header is read.
+    """Return the transposition that makes an image upright and of the annotated size; reads its header only.
 
     Args:
         image: opened, not decoded.
@@ -121,22 +121,22 @@ def find_turn(image: Image.Image, size: tuple[float, float]) -> Image.Transpose 
         ValueError: it has another size, or floating-point pixels.
     """
     if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown")
+        raise ValueError("floating-point pixels of unknown range")
     tag = orientation(image)
     if (image.size if tag < 5 else image.size[::-1]) == size:
         return TURNS[tag]
-    if image.size == size:  # whoever drew the boxes did not see it turned
+    if image.size == size:  # annotated without applying the orientation
         return None
     raise ValueError(f"{image.width}x{image.height} pixels, but annotated as {size[0]}x{size[1]}")
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) where there is none that can be read."""
-    if image.format == "TIFF":  # Pillow turns these itself
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is absent or damaged."""
+    if image.format == "TIFF":  # Pillow applies these itself
         return 1
     try:
-        # The base class's method: PNG's own decodes the picture, in search of a tag behind the pixels.
+        # The method of the base class: PNG's own decodes the image to look for a tag behind the pixels.
         tag = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         return tag if tag in TURNS else 1
-    except Exception:  # a broken tag is no tag, as to image viewers
+    except Exception:  # image viewers ignore a damaged tag as well
         return 1

@@ -1,4 +1,4 @@
-"""What makes a step cheaper and leaves what it computes as it is."""
+"""Optimisations that do not change the result."""
 
 import copy
 import ctypes
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp and the type of its autocast
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp and the dtype of autocast
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -19,11 +19,10 @@ BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNor
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what freed tensors leave behind, for the whole process, in place of returning it.
+    """Make the C library keep the memory of freed tensors for the whole process; does nothing without glibc.
 
-    glibc gives every freed block of more than 32 MB back to the kernel, which hands it out again page by page, filled
-    with zeros. From images of 640 pixels on, that is where a step on the CPU spends a quarter of its time. Does nothing
-    without glibc.
+    glibc returns every freed block above 32 MB to the kernel, which zeroes it page by page when it is used again. With
+    images of 640 pixels and more, a training step on the CPU spends a quarter of its time there.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -32,12 +31,12 @@ def keep_freed_memory() -> None:
 
 
 def speed_up_teacher(teacher: nn.Module, autocast: torch.dtype | None = None) -> nn.Module:
-    """Return a teacher with its batch norm folded and channels last; what it computes stays.
+    """Return a teacher in channels_last with batch norm folded into its convolutions.
 
     Args:
         teacher: in eval mode, on its device.
-        autocast: type that it will be run in, None for float32. The weights of its body are then kept in that type:
-            autocast would round them anew at every step. The teacher can no longer run without autocast.
+        autocast: the dtype it will run in, None for float32. The weights of its body are stored in that dtype, which
+            saves autocast from rounding them at every step; the teacher then needs autocast to run.
     """
     body = teacher.backbone.body
     height, width = body.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
@@ -52,14 +51,14 @@ def speed_up_teacher(teacher: nn.Module, autocast: torch.dtype | None = None) ->
 
 @torch.no_grad()
 def fold_batch_norm(network: nn.Module, image: torch.Tensor) -> nn.Module:
-    """Return a copy of a network that will not be trained, its batch norm folded into the convolutions before it.
+    """Return a copy of a network with each batch norm folded into the convolution before it.
 
-    Which convolution a norm follows is read from the order of their registration. That is not always the order of
-    computation, so both networks are run once: where they differ, the network is returned as it was.
+    The convolution is found by the order of registration, which is not always the order of computation. Both networks
+    are therefore run once, and where they differ the network is returned unchanged.
 
     Args:
         network: in eval mode; returns a list of maps.
-        image: [1, 3, h, w], to try it with.
+        image: [1, 3, h, w], to compare the two with.
     """
     folded = copy.deepcopy(network)
     for parent in list(folded.modules()):

@@ -1,8 +1,8 @@
-"""The built-in data set: drawn shapes, no download, the same picture for the same seed and index on every machine.
+"""The built-in data set: shapes drawn on the fly, the same picture for the same seed and index on every machine.
 
-Four classes that their outline tells apart, and their hue most of the time; one to four objects, three to seven
-tenths of the image wide, that may overlap; a dull textured background, lines as distractors, noise. A detector learns
-it from scratch in minutes.
+Four classes with distinct outlines and usually distinct hues. A picture has one to four objects, 0.3 to 0.7 of its side
+in diameter, that may overlap, on a dull textured background with lines as distractors and noise. A detector learns
+them from scratch in minutes.
 """
 
 import colorsys
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from kd.transforms import apply_seeded
+from kd.data.transforms import apply_seeded
 
 CLASSES = ("circle", "square", "triangle", "cross")
 
@@ -37,10 +37,10 @@ def outline(name: str, size: float, angle: float) -> np.ndarray:
 
 
 def sketch(rng: np.random.Generator, image_size: int) -> list[tuple[int, np.ndarray]]:
-    """Place the objects of one picture, the farthest first: a list of (label 1..4, corners [P, 2] in xy pixels)."""
+    """Place the objects of one picture, back to front: a list of (label 1..4, corners [P, 2] in xy pixels)."""
     objects, boxes = [], []
     for _ in range(rng.integers(1, 5)):
-        for _ in range(20):  # tries until the object hides no other by more than a third
+        for _ in range(20):  # attempts to hide no other object by more than a third
             label = int(rng.integers(1, len(CLASSES) + 1))
             size = math.exp(rng.uniform(math.log(image_size * 0.3), math.log(image_size * 0.7)))
             corners = outline(CLASSES[label - 1], size, rng.uniform(-0.3, 0.3))
@@ -93,17 +93,17 @@ def paint(rng: np.random.Generator, objects: list[tuple[int, np.ndarray]], image
 
 
 class Shapes(Dataset):
-    """Pictures of shapes with boxes, drawn when asked for.
+    """Pictures of shapes with boxes, drawn on access.
 
     Args:
         num_images: number of pictures.
         picture_seed: pictures of different seeds are different pictures.
         image_size: side of the square pictures, in pixels.
         transforms: called on (image, target), as for torchvision's detection data sets.
-        seed: of the transforms' random numbers.
+        seed: for the random numbers of the transforms.
 
     Attributes:
-        epoch: counted from 0; the transforms' random numbers depend on seed, epoch and index alone.
+        epoch: counted from 0; the random numbers of the transforms depend on seed, epoch and index only.
     """
 
     def __init__(self, num_images: int, picture_seed: int, image_size: int, transforms=None, seed: int = 0):

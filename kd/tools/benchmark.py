@@ -1,22 +1,21 @@
-"""What a distillation step costs, beside the least that it could cost.
+"""Measure what a distillation step costs, compared with its two networks alone.
 
-    python -m kd.benchmark --detectors fcos retinanet --methods frs pgd --image-size 320 640
-    python -m kd.benchmark --methods frs --amp bf16 --json > frs.json
-    python -m kd.benchmark --batch-size 1 2 4 8 --boxes 0 100 --classes 91 1204
+    python -m kd.tools.benchmark --detectors fcos retinanet --methods frs pgd --image-size 320 640
+    python -m kd.tools.benchmark --methods frs --amp bf16 --json > frs.json
+    python -m kd.tools.benchmark --batch-size 1 2 4 8 --boxes 0 100 --classes 91 1204
 
-For each detector, size, batch size, number of boxes and of classes, in one process and in turn, so that a noisy machine
-disturbs all alike:
+For each detector, image size, batch size, number of boxes and of classes, these steps are timed in turn in one process,
+so that a noisy machine affects all of them:
 
-    a  the student's bare step: torchvision's own detector, its losses, backward, update
-    b  the teacher's bare forward: backbone, pyramid and the heads that the method reads, no more
-    c  the whole distillation step, as train.py makes it
-    m  the method alone: its losses, and their gradients as far as the networks' outputs
+    a  the student alone: torchvision's own detector, losses, backward, update
+    b  the teacher alone: backbone, FPN and the heads that the method needs
+    c  the whole distillation step, as in train.py
+    m  the method alone: its losses and their gradients with respect to the networks' outputs
 
-c / (a + b) is what distilling costs beyond its two networks. a and b are plain float32 in torch's usual memory format;
---amp, --compile and what train.py does by itself count in c alone, so values below 1 are possible. The same ratio of
-multiplications, as torch counts them, says what the method's own layers cost on any machine. Memory is the most that a
-step holds beyond what was there before it. Backbones have the frozen norm and stem of pretrained ones; weights, images
-and boxes are random.
+c / (a + b) is the cost beyond the two networks. a and b run in float32 and the default memory format. --amp and the
+optimisations of train.py apply to c, so values below 1 are possible. The same ratio of floating-point operations, as
+torch counts them, does not depend on the machine. Memory is the peak of a step beyond what was allocated before it.
+Backbones have frozen norm and stem, as with pretrained weights; weights, images and boxes are random.
 """
 
 import argparse
@@ -38,22 +37,21 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from kd.checkpoint import save
 from kd.data import CocoFolder, collate
+from kd.data.transforms import augmentation
 from kd.detectors import DETECTORS, FPN_CHANNELS, STRIDES, build_detector, check_detector
 from kd.distiller import Distiller
 from kd.evaluation import coco_metrics, detect
 from kd.features import DetectorOutput, forward_detector
 from kd.methods import METHODS
-from kd.speed import AMP, keep_freed_memory, speed_up_teacher
-from kd.timing import Stopwatch
-from kd.transforms import augmentation
+from kd.run.checkpoint import save
+from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
 
 Step = Callable[[], None]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what the arguments ask for, and print a table or JSON."""
+    """Measure, and print a table or JSON."""
     torch.manual_seed(0)
     device, deadline = torch.device(args.device), time.monotonic() + 60 * args.minutes
     if device.type == "cpu":
@@ -64,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         case = {"detector": detector, "size": size, "batch_size": batch_size, "boxes": boxes, "classes": classes}
         progress.set_description(" ".join(map(str, case.values())))
         if time.monotonic() > deadline:
-            progress.write(f"stopped after {args.minutes:g} minutes, {len(cases) - done} cases left out")
+            progress.write(f"stopped after {args.minutes:g} minutes, {len(cases) - done} cases not measured")
             break
         results += [case | result for result in measure_steps(args, device, case)]
     others = measure_the_rest(args, device) if args.rest else {}
@@ -85,7 +83,7 @@ def serves(method: str, detector: str) -> bool:
 
 
 def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) -> list[dict]:
-    """Time a, b, c and m of all methods in turn; return for each method seconds, ratio, speed, memory, c's parts."""
+    """Time a, b, c and m of all methods in turn; return seconds, ratio, speed and memory of each method."""
     detector, size = case["detector"], tuple(sorted(sides_of(case["size"])))
     images, targets = random_batch(case, device)
 
@@ -95,9 +93,6 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
     plain, bare_teacher = make(args.student).train(), make(args.teacher).eval()
     student = make(args.student).to(memory_format=torch.channels_last)
     teacher = speed_up_teacher(make(args.teacher).eval(), AMP[args.amp])
-    if args.compile:
-        student.backbone.compile()
-        teacher.backbone.compile()
     transformed, scaled_targets = plain.transform(images, targets)
 
     def teach(needs: tuple[str, ...]) -> None:
@@ -111,7 +106,8 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
 
     def distill(distiller: Distiller) -> dict[str, Tensor]:
         with autocast():
-            return distiller(images, targets)
+            detection, distillation = distiller(images, targets)
+        return {**detection, **distillation}
 
     def compare(method: nn.Module, outputs: list[DetectorOutput]) -> None:
         with autocast():
@@ -119,20 +115,20 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
         total.backward()
         method.zero_grad()
 
-    steps = {"a": step_of(plain, lambda: plain(images, targets), Stopwatch(device))}
+    steps = {"a": step_of(plain, lambda: plain(images, targets))}
     distillers = {}
     for method in (m for m in args.methods if serves(m, detector)):
         module = METHODS[method](detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[detector])
         distiller = distillers[method] = Distiller(student, teacher, module).to(device).train()
         steps["b", module.needs] = lambda needs=module.needs: teach(needs)
-        steps["c", method] = step_of(distiller, lambda d=distiller: distill(d), distiller.stopwatch)
-        with autocast():
-            outputs = distiller.outputs(transformed)
+        steps["c", method] = step_of(distiller, lambda d=distiller: distill(d))
+        with autocast(), torch.no_grad():
+            student_output, _ = forward_detector(student, transformed, needs=module.needs)
+            outputs = [student_output, distiller.run_teacher(transformed)]
         steps["m", method] = lambda module=module, outputs=outputs: compare(module, outputs)
 
-    flops = {name: count_flops(step) for name, step in steps.items()}  # the first of each also fills caches
+    flops = {name: count_flops(step) for name, step in steps.items()}  # the first calls also fill caches
     memory = {name: peak_memory(step, device) for name, step in steps.items()}
-    before = {method: distiller.stopwatch.read() for method, distiller in distillers.items()}
     seconds = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
@@ -143,9 +139,8 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
         names = {"a": "a", "b": ("b", distiller.method.needs), "c": ("c", method), "m": ("m", method)}
         times = {letter: seconds[name] for letter, name in names.items()}
         median = {letter: statistics.median(values) for letter, values in times.items()}
-        # The ratio within each round, then the median: what slows the machine for a while does not touch it.
+        # The median of the ratios within each round is not affected by a machine that is slow for a while.
         ratio = statistics.median(c / (a + b) for a, b, c in zip(times["a"], times["b"], times["c"]))
-        parts = {n: (total - before[method][n]) / args.repeats for n, total in distiller.stopwatch.read().items()}
         results.append(
             {
                 "method": method,
@@ -155,7 +150,6 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
                 "images_per_second": case["batch_size"] / median["c"],
                 "memory_gb": {letter: memory[name] for letter, name in names.items()},
                 "flops": {letter: flops[name] for letter, name in names.items()},
-                "parts": parts,
             }
         )
     return results
@@ -168,7 +162,7 @@ def sides_of(size: str) -> tuple[int, int]:
 
 
 def random_batch(case: dict, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return images [3, h, w] of noise and, for each, `boxes` boxes of 1/20 to all of the sides, mostly small."""
+    """Return images [3, h, w] of noise, each with `boxes` boxes of 1/20 to 1 of its sides, mostly small."""
     height, width = sides_of(case["size"])
     images, targets = [], []
     for _ in range(case["batch_size"]):
@@ -181,34 +175,31 @@ def random_batch(case: dict, device: torch.device) -> tuple[list[Tensor], list[d
 
 
 def as_leaves(output: DetectorOutput) -> DetectorOutput:
-    """Return an output cut off from the network, whose tensors collect gradients."""
+    """Return an output detached from the network, whose tensors collect gradients."""
 
-    def cut(value):
+    def detach(value):
         if isinstance(value, list):
-            return [cut(item) for item in value]
+            return [detach(item) for item in value]
         return value.detach().requires_grad_() if isinstance(value, Tensor) else value
 
-    return dataclasses.replace(output, **{f.name: cut(getattr(output, f.name)) for f in dataclasses.fields(output)})
+    return dataclasses.replace(output, **{f.name: detach(getattr(output, f.name)) for f in dataclasses.fields(output)})
 
 
-def step_of(module: nn.Module, losses: Callable[[], dict[str, Tensor]], stopwatch: Stopwatch) -> Step:
+def step_of(module: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> Step:
     """Return a training step: losses, backward, update by SGD with momentum."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def step() -> None:
-        total = sum(losses().values())
-        with stopwatch.part("backward"):
-            total.backward()
-        with stopwatch.part("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
+        sum(losses().values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
 def time_of(step: Step, device: torch.device) -> float:
-    """Return the seconds that a call takes, until the device is done with it."""
+    """Return the seconds of a call, until the device has finished it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -219,14 +210,14 @@ def time_of(step: Step, device: torch.device) -> float:
 
 
 def count_flops(step: Step) -> int:
-    """Return the floating-point operations of a call's convolutions and matrix products, backward included."""
+    """Return the floating-point operations of convolutions and matrix products in a call, backward included."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def peak_memory(step: Step, device: torch.device) -> float:
-    """Return the GiB of tensors that a call holds at most, beyond those that were there before it."""
+    """Return the peak GiB of tensors in a call, beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -243,7 +234,7 @@ def peak_memory(step: Step, device: torch.device) -> float:
 
 
 def measure_the_rest(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Time what stands around the step, at the first detector: loading photographs, detecting, scoring, saving."""
+    """Time loading, detection, scoring and saving, with the first detector."""
     size = tuple(sorted(sides_of(args.image_size[0])))
     student = build_detector(args.detectors[0], args.student, 91, image_size=size).to(device)
     optimizer = torch.optim.SGD(student.parameters(), 1e-6, momentum=0.9)
@@ -256,7 +247,7 @@ def measure_the_rest(args: argparse.Namespace, device: torch.device) -> dict[str
         photographs = write_photographs(folder, count=64)
         loader = DataLoader(photographs, args.batch_size[0], num_workers=args.workers, collate_fn=collate)
         loading = time_of(lambda: list(loader), device)
-        detecting = time_of(lambda: detect(student, loader, device, "student"), device)
+        detecting = time_of(lambda: detect(student, loader, device), device)
     detections, coco, categories = random_detections(images=5000, each=100, boxes=7)
     scoring = time_of(lambda: coco_metrics(detections, coco, categories), device)
     return {
@@ -268,7 +259,7 @@ def measure_the_rest(args: argparse.Namespace, device: torch.device) -> dict[str
 
 
 def write_photographs(folder: Path, count: int) -> CocoFolder:
-    """Write JPEG files of 640x480 pixels, about as large as COCO's, with their annotations, and open them."""
+    """Write and open JPEG files of 640x480 pixels, about as large as COCO's, with annotations."""
     images, annotations = [], []
     for number in range(1, count + 1):
         coarse = torch.nn.functional.interpolate(torch.rand(1, 3, 15, 20), size=(480, 640), mode="bicubic")[0]
@@ -282,7 +273,7 @@ def write_photographs(folder: Path, count: int) -> CocoFolder:
 
 
 def random_detections(images: int, each: int, boxes: int) -> tuple[dict, dict, dict[int, dict]]:
-    """Return detections, ground truth in COCO's format and categories: scattered boxes, some of them nearly right."""
+    """Return detections, ground truth in COCO's format and categories: random boxes, some of them nearly right."""
     categories = {label: {"id": label, "name": str(label)} for label in range(1, 81)}
     corner, extent = torch.rand(2, images, each, 2) * torch.tensor([320.0, 240.0])
     truth = extent[:, :boxes] * (0.7 + 0.6 * torch.rand(images, boxes, 2))
@@ -303,21 +294,20 @@ def random_detections(images: int, each: int, boxes: int) -> tuple[dict, dict, d
 
 
 def print_steps(results: list[dict]) -> None:
-    """Print a line for each case and method: medians in seconds, memory in GiB, and what c's time goes to."""
+    """Print a line for each case and method: medians in seconds, memory in GiB."""
     columns = ("a", "b", "c", "m", "c/(a+b)", "in flops", "m/a", "images/s", "GiB a", "GiB c", "GiB m")
-    print(f"method detector         size batch boxes classes{''.join(f'{name:>9}' for name in columns)}  parts of c, s")
+    print(f"method detector         size batch boxes classes{''.join(f'{name:>9}' for name in columns)}")
     for r in results:
         case = f"{r['method']:6} {r['detector']:11} {r['size']:>8} {r['batch_size']:5} {r['boxes']:5} {r['classes']:7}"
         memory = (r["memory_gb"][letter] for letter in "acm")
         in_flops = r["flops"]["c"] / (r["flops"]["a"] + r["flops"]["b"])
         ratios = (r["ratio"], in_flops, r["m"] / r["a"])
         values = (*(r[letter] for letter in "abcm"), *ratios, r["images_per_second"], *memory)
-        parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in r["parts"].items())
-        print(case + "".join(f"{value:9.3f}" for value in values) + f"  {parts}")
+        print(case + "".join(f"{value:9.3f}" for value in values))
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or a list of its words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--detectors", nargs="+", default=["fcos"], help=", ".join(DETECTORS))
@@ -327,16 +317,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", nargs="+", default=["320"], help="in pixels: the side of a square, or HEIGHTxWIDTH")
     add("--batch-size", type=int, nargs="+", default=[2], help="images per step")
     add("--boxes", type=int, nargs="+", default=[7], help="boxes per image; 7 is COCO's mean")
-    add("--classes", type=int, nargs="+", default=[91], help="with background; torchvision counts 91 for COCO")
+    add("--classes", type=int, nargs="+", default=[91], help="background included; 91 for COCO in torchvision")
     add("--repeats", type=int, default=5, help="rounds of all steps")
-    add("--minutes", type=float, default=30, help="no case is begun after this time")
+    add("--minutes", type=float, default=30, help="start no further case after this time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", choices=AMP, default="off", help="autocast of c and m")
-    add("--compile", action="store_true", help="torch.compile in c")
-    add("--rest", action="store_true", help="also time loading, detecting, scoring and saving")
+    add("--rest", action="store_true", help="also time loading, detection, scoring and saving")
     add("--workers", type=int, default=0, help="data loading processes")
-    add("--json", action="store_true", help="print JSON, all numbers in it")
-    return parser.parse_args(arguments)
+    add("--json", action="store_true", help="print all numbers as JSON")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

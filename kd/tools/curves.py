@@ -3,35 +3,34 @@
 import math
 import statistics
 from collections import defaultdict
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from kd.compare import SETTING, collect, key, method_name
-from kd.runs import read_evaluations
+from kd.tools.table import SETTING, key, method_name
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 440, 60, 30, 250, 50  # of the picture and its margins, pixels
-ALIKE = (*(name for name in SETTING if name != "iteration"), "epochs", "max_iterations", "teacher")  # one line's runs
-STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # between two lines of AP
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 440, 60, 30, 250, 50  # of the picture and its margins, in pixels
+ALIKE = (*(name for name in SETTING if name != "iteration"), "epochs", "max_iterations", "teacher")  # within a line
+STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of AP between grid lines
 
 
-def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Return the mean AP over seeds after each evaluated epoch, for each detector, student and method below a folder.
+def read_curves(runs: list[dict]) -> dict[str, dict[int, float]]:
+    """Return the mean AP over seeds after each evaluated epoch, for each detector, student and method.
 
-    With --eval-interval 1 that is each epoch, else only the last. Names tell what else differs between runs.
+    Every epoch is evaluated with --eval-interval 1, otherwise only the last. Names include settings that differ.
 
-    Raises:
-        ValueError: there are no evaluated runs.
+    Args:
+        runs: from `kd.tools.table.collect`.
     """
     named = defaultdict(list)
-    for run in collect(folder):
-        named[f"{run['detector']} {run['student']} {method_name(run)}"].append(run)
+    for run in runs:
+        args = run["args"]
+        named[f"{args['detector']} {args['student']} {method_name(args)}"].append(run)
     groups = defaultdict(lambda: defaultdict(list))
-    for name, runs in named.items():
-        differing = [setting for setting in ALIKE if len({key(run, (setting,)) for run in runs}) > 1]
-        for run in runs:
-            label = ", ".join([name, *(f"{setting} {run.get(setting)}" for setting in differing)])
-            for line in read_evaluations(run["folder"]):
+    for name, members in named.items():
+        differing = [setting for setting in ALIKE if len({key(run["args"], (setting,)) for run in members}) > 1]
+        for run in members:
+            label = ", ".join([name, *(f"{setting} {run['args'].get(setting)}" for setting in differing)])
+            for line in run["log"]:
                 groups[label][line["epoch"]].append(line["AP"])
     return {
         name: {epoch: statistics.mean(values) for epoch, values in sorted(epochs.items())}
@@ -40,7 +39,7 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_curves(curves: dict[str, dict[int, float]]) -> Image.Image:
-    """Draw AP, from the lowest rounded down, against epochs, from 1; the legend is in the order of the last AP."""
+    """Draw AP against epochs, the legend in the order of the last AP; the AP axis need not start at 0."""
     last = max(epoch for curve in curves.values() for epoch in curve)
     values = [ap for curve in curves.values() for ap in curve.values()]
     step = next((step for step in STEPS if (max(values) - min(values)) / step <= 8), STEPS[-1])

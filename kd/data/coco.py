@@ -1,7 +1,7 @@
-"""COCO's annotation files: reading one, and saying what is wrong with it.
+"""Read and check annotation files in COCO's format.
 
-What is checked is what training and pycocotools rely on without looking: a box of NaN, two annotations with one id, or
-an id too large for floating point do not stop pycocotools; only its numbers are wrong.
+The checks cover what training and pycocotools silently rely on: with a box of NaN, two annotations of one id, or an id
+too large for floating point, pycocotools does not stop but returns wrong numbers.
 """
 
 import json
@@ -9,16 +9,16 @@ import reprlib
 from collections import Counter
 from pathlib import Path
 
-# pycocotools keeps ids in float64, which holds every integer up to here. As a bound it also refuses NaN and infinity.
+# pycocotools keeps ids in float64, which is exact for integers below this. The bound also excludes NaN and infinity.
 LARGEST = 2**53
 
 
 class DataError(ValueError):
-    """A data set that cannot be trained or evaluated on; the message says what is wrong, where, and what to do."""
+    """A data set that cannot be used. The message says what is wrong, where, and what to do."""
 
 
 def is_number(value) -> bool:
-    """Return whether a value is finite; true and false are not numbers, though bool is an int to Python."""
+    """Return whether a value is a finite number; bool, which Python counts as int, is not."""
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
@@ -38,11 +38,11 @@ def is_length(value) -> bool:
 
 
 def is_box(value) -> bool:
-    """Return whether a value is four finite numbers; their order and size are not looked at."""
+    """Return whether a value is a list of four finite numbers."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
-# The fields that are kept: a test of the value, None if it is absent, and the test in words.
+# The fields that are kept. Each has a test of its value, which is None where the field is absent, and its description.
 FIELDS = {
     "images": {
         "id": (is_id, "an integer below 2^53"),
@@ -66,19 +66,19 @@ FIELDS = {
 
 
 def read_coco(file: Path) -> dict[str, list[dict]]:
-    """Read a COCO instances file, check it, and fill in areas and crowd flags that are absent.
+    """Read a COCO instances file, check it, and fill in absent areas and crowd flags.
 
     Returns:
-        images, categories and annotations with the fields of FIELDS alone: polygons and URLs take most of COCO's space.
+        images, categories and annotations with the fields of FIELDS only; polygons and URLs are most of COCO's size.
 
     Raises:
-        DataError: a file that cannot be read; not JSON; not COCO; no images or categories; a field that fails its test;
-            an id given twice; an annotation of an unknown image or category.
+        DataError: the file cannot be read, is not JSON or not in COCO's format, lists no images or categories, or
+            contains an invalid field, a repeated id, or an annotation of an unknown image or category.
     """
     content = read_json(file)
     if isinstance(content, list) and content and isinstance(content[0], dict) and "image_id" in content[0]:
         raise DataError(
-            f"{file} is a results file, a list of {len(content)} detections: give the annotations that they belong to"
+            f"{file} is a results file with {len(content)} detections: give the annotation file it belongs to"
         )
     absent = [key for key in FIELDS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if absent:
@@ -89,23 +89,23 @@ def read_coco(file: Path) -> dict[str, list[dict]]:
     coco = {}
     for key, fields in FIELDS.items():
         if key != "annotations" and not content[key]:
-            raise DataError(f"{file} lists no {key}: give a file that does")
+            raise DataError(f"{file} lists no {key}: give an annotation file with {key}")
         not_objects = [f"entry {i}" for i, entry in enumerate(content[key]) if not isinstance(entry, dict)]
-        refuse(f"{file}: {key} that are not JSON objects", not_objects, "Correct or remove them.")
+        raise_for(f"{file}: {key} that are not JSON objects", not_objects, "Correct or remove them.")
         coco[key] = [{field: entry.get(field) for field in fields} for entry in content[key]]
         for field, (test, words) in fields.items():
             wrong = [i for i, entry in enumerate(coco[key]) if not test(entry[field])]
-            # An entry is named by its id, once all ids are known to be good.
+            # Entries are named by their ids, which are checked first.
             names = [f"entry {i}" if field == "id" else f"id {coco[key][i]['id']}" for i in wrong]
             found = [f"{name} has {reprlib.repr(coco[key][i][field])}" for name, i in zip(names, wrong)]
-            refuse(f"{file}: {key} whose {field} is not {words}", found, "Correct or remove them.")
+            raise_for(f"{file}: {key} whose {field} is not {words}", found, "Correct or remove them.")
         times = Counter(entry["id"] for entry in coco[key])
         twice = [f"id {number}" for number, count in times.items() if count > 1]
-        refuse(f"{file}: ids that several {key} share", twice, "Give each its own.")
+        raise_for(f"{file}: ids that several {key} share", twice, "Give each its own id.")
     for field, key in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in coco[key]}
         unknown = [f"id {a['id']} has {a[field]}" for a in coco["annotations"] if a[field] not in known]
-        refuse(f"{file}: annotations whose {field} is not among the {key}", unknown, "Correct or remove them.")
+        raise_for(f"{file}: annotations whose {field} is not among the {key}", unknown, "Correct or remove them.")
     for annotation in coco["annotations"]:
         if annotation["area"] is None or annotation["area"] < 0:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
@@ -114,17 +114,17 @@ def read_coco(file: Path) -> dict[str, list[dict]]:
 
 
 def read_json(file: Path):
-    """Return a JSON file's content; Unicode in any of its encodings."""
+    """Return the content of a JSON file in any Unicode encoding."""
     try:
         return json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}. Check the path") from error
-    except (ValueError, RecursionError) as error:  # what is not Unicode is a ValueError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(f"{file} is not JSON: {error}. Give a COCO instances file") from error
 
 
-def refuse(fault: str, offenders: list[str], advice: str) -> None:
-    """Raise DataError if there are offenders: the fault, how many they are, the first 20, and what to do."""
+def raise_for(fault: str, offenders: list[str], advice: str) -> None:
+    """Raise DataError if there are offenders: the fault, their number, the first 20, and what to do."""
     if offenders:
         named = ", ".join(offenders[:20]) + (", ..." if len(offenders) > 20 else "")
         raise DataError(f"{fault} ({len(offenders)}): {named}. {advice}")

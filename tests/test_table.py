@@ -1,23 +1,15 @@
-"""The table of all runs: what shares a row, and what a gain is measured against."""
+"""The table of all runs: which runs share a row, what a gain is measured against, and runs as a text file."""
 
 import json
 
 import pytest
 
-from kd.compare import collect, compare, format_table
-from kd.curves import draw_curves, read_curves
+from kd.tools.curves import draw_curves, read_curves
+from kd.tools.table import COLUMNS, collect, compare, format_table, pack
 
-SHARED = {
+ARGS = {
     **{"detector": "fcos", "student": "r18", "data": None, "train_annotations": None, "image_size": [64, 64]},
-    **{
-        "teacher": None,
-        "teacher_weights": None,
-        "set": [],
-        "distill_weight": 1.0,
-        "inherit": False,
-        "batch_size": 8,
-        "lr": None,
-    },
+    **{"teacher": None, "set": [], "distill_weight": 1.0, "inherit": False, "batch_size": 8, "lr": None},
 }
 
 
@@ -28,15 +20,14 @@ def runs(tmp_path):
     def write(name: str, line: dict, **changes):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps({**SHARED, "method": "none", "seed": 0, **changes}))
-        text = json.dumps({"epoch": 4, "iteration": 400, "AP50": 0.5, "images_per_second": 10.0, **line})
-        (folder / "log.jsonl").write_text(text + "\n")
+        (folder / "args.json").write_text(json.dumps({**ARGS, "method": "none", "seed": 0, **changes}))
+        (folder / "log.jsonl").write_text(json.dumps({"epoch": 4, "iteration": 400, "AP50": 0.5, **line}) + "\n")
 
-    frs = {"method": "frs", "teacher": "r34", "teacher_weights": "x"}
+    frs = {"method": "frs", "teacher": "r34"}
     write("s0/plain", {"AP": 0.40})
     write("s1/plain", {"AP": 0.44}, seed=1)
-    write("s0/frs", {"AP": 0.45, "teacher_AP": 0.48, "images_per_second": 6.0}, **frs)
-    write("s1/frs", {"AP": 0.47, "teacher_AP": 0.45, "images_per_second": 8.0}, seed=1, **frs)
+    write("s0/frs", {"AP": 0.45, "teacher_AP": 0.48}, **frs)
+    write("s1/frs", {"AP": 0.47, "teacher_AP": 0.45}, seed=1, **frs)
     write("s0/other", {"AP": 0.41}, **{**frs, "set": ["alpha=1"]})
     write("s0/l2", {"AP": 0.43}, **{**frs, "method": "l2"})
     write("s0/l2 half", {"AP": 0.425}, **{**frs, "method": "l2", "distill_weight": 0.5})
@@ -48,8 +39,9 @@ def runs(tmp_path):
 
 def test_rows(runs):
     """Means 0.42 and 0.46: a gain of 0.04. Standard deviation of two values: their difference over the root of 2."""
-    rows = compare(collect(runs))
-    assert [(row[0], row[2], row[4], row[5], row[7], row[9], row[10]) for row in rows] == [
+    rows = [dict(zip(COLUMNS, row)) for row in compare(collect(runs))]
+    names = ("method", "student", "iterations", "seed: AP", "AP", "gain", "over l2")
+    assert [tuple(row[name] for name in names) for row in rows] == [
         ("none", "r18", "400", "0: 0.400, 1: 0.440", "0.420 ± 0.028", "", ""),
         ("none", "r34", "400", "0: 0.500", "0.500", "", ""),
         ("frs", "r34 -> r18", "400", "0: 0.450, 1: 0.470", "0.460 ± 0.014", "+0.040", "+0.030"),
@@ -58,17 +50,28 @@ def test_rows(runs):
         ("l2 x 0.5", "r34 -> r18", "400", "0: 0.425", "0.425", "+0.005", ""),
         ("frs", "r34 -> r18", "800", "0: 0.600", "0.600", "", ""),
     ]
-    assert {row[3] for row in rows} == {"shapes 64x64"} and rows[2][11] == "7.0"
-    assert [row[6] for row in rows] == ["", "", "0.465", "", "", "", "0.500 not above"]
+    assert {row["data"] for row in rows} == {"shapes 64x64"}
+    assert [row["teacher"] for row in rows] == ["", "", "0.465", "", "", "", "0.500 not above"]
 
 
 def test_formats(runs):
+    """What all rows share is a line above the table; the other columns are aligned, or separated for Markdown."""
     rows = compare(collect(runs))
-    markdown = format_table(rows, markdown=True).splitlines()
-    assert len(markdown) == 2 + len(rows) and markdown[0].startswith("| method | detector | student |")
-    assert all(line.count("|") == 13 for line in markdown)
-    text = format_table(rows, markdown=False).splitlines()
-    assert len(text) == 1 + len(rows) and len({line.index("fcos") for line in text[1:]}) == 1
+    heading, blank, *markdown = format_table(rows, markdown=True).splitlines()
+    assert heading == "detector: fcos, data: shapes 64x64" and blank == ""
+    assert len(markdown) == 2 + len(rows) and markdown[0].startswith("| method | student | iterations |")
+    assert {line.count("|") for line in markdown} == {10}
+    text = format_table(rows, markdown=False).splitlines()[2:]
+    assert len(text) == 1 + len(rows) and len({line.index("00") for line in text[1:-1]}) == 1
+    assert "detector" in format_table(rows[:1], markdown=False).splitlines()[0]  # nothing to hoist from a single row
+
+
+def test_packed(runs, tmp_path):
+    """A text file with a line per run is read like the folder."""
+    pack(collect(runs), tmp_path / "runs.jsonl")
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 9
+    assert compare(collect(tmp_path / "runs.jsonl")) == compare(collect(runs))
+    assert [run["folder"] for run in collect(tmp_path / "runs.jsonl")][:2] == ["s0/frs", "s0/l2"]
 
 
 def test_no_runs(tmp_path):
@@ -81,13 +84,13 @@ def test_curves(tmp_path):
     logs = {"plain": [0.1, 0.3], "frs 0": [0.2, 0.4], "frs 1": [0.3], "l2 0": [0.2], "l2 1": [0.3]}
     for name, values in logs.items():
         method, _, seed = name.partition(" ")
-        settings = {**SHARED, "method": method if seed else "none", "teacher": "r34" if seed else None}
+        settings = {**ARGS, "method": method if seed else "none", "teacher": "r34" if seed else None}
         (tmp_path / name).mkdir()
         settings |= {"seed": int(seed or 0), "lr": 0.1 if name == "l2 1" else 0.2}
         (tmp_path / name / "args.json").write_text(json.dumps(settings))
         lines = [json.dumps({"epoch": epoch, "AP": ap}) for epoch, ap in enumerate(values, 1)]
         (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
-    curves = read_curves(tmp_path)
+    curves = read_curves(collect(tmp_path))
     assert curves == {
         **{"fcos r18 frs": {1: 0.25, 2: 0.4}, "fcos r18 none": {1: 0.1, 2: 0.3}},
         **{"fcos r18 l2, lr 0.2": {1: 0.2}, "fcos r18 l2, lr 0.1": {1: 0.3}},

@@ -1,4 +1,4 @@
-"""Transforms of (image, target), and random numbers that a run can be repeated with."""
+"""Transforms of (image, target), with reproducible random numbers."""
 
 import numpy as np
 import torch
@@ -15,25 +15,24 @@ def augmentation(train: bool) -> v2.Compose:
 
 
 def apply_seeded(transforms, image, target: dict, seed: int, epoch: int, index: int) -> tuple:
-    """Apply transforms to an item, with random numbers that depend on seed, epoch and index alone.
+    """Apply transforms to a sample, with torch random numbers that depend on seed, epoch and index only.
 
-    So neither the number of workers nor the place where a run was interrupted changes what is drawn. torch's random
-    numbers are meant; the state of its generator is left as it was.
+    Neither the number of workers nor an interruption of the run changes them. The global generator keeps its state.
 
     Args:
-        transforms: called on (image, target); None for none.
+        transforms: called on (image, target); None to skip.
         image: as the data set reads it.
-        target: likewise.
+        target: as the data set reads it.
         seed: of the run.
         epoch: counted from 0.
-        index: of the item in its data set.
+        index: of the sample in its data set.
 
     Returns:
-        What the transforms return, (image, target).
+        (image, target) as the transforms return them.
     """
     if transforms is None:
         return image, target
-    key = [number % 2**32 for number in (seed, epoch, index)]  # SeedSequence takes no negative numbers
+    key = [number % 2**32 for number in (seed, epoch, index)]  # SeedSequence rejects negative numbers
     mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mixed)  # torch.manual_seed would seed the GPUs too

@@ -1,0 +1,62 @@
+"""Data sets: COCO-format folders and the built-in shapes.
+
+Every data set yields (image, target): image [3, h, w] in 0..1; target with boxes (FloatTensor[M, 4]) in [x1, y1, x2,
+y2] pixels, 0 <= x1 < x2 <= w and 0 <= y1 < y2 <= h, labels (Int64Tensor[M]) in 1..K-1, and image_id (int). It also has
+`categories` (COCO category of each label), `num_classes` (K), `summary` (one line), `coco()` (ground truth in COCO's
+format), and `epoch`, which the training loop sets: with the seed, it determines how images are augmented.
+"""
+
+from torch.utils.data import Dataset
+
+from kd.data.coco import DataError
+from kd.data.folder import CocoFolder
+from kd.data.shapes import Shapes
+from kd.data.transforms import augmentation
+
+SHAPES_TRAIN, SHAPES_VAL = 1600, 200  # pictures of the built-in data set
+
+
+def open_dataset(
+    images: str | None,
+    annotations: str | None,
+    image_size: tuple[int, int],
+    train: bool,
+    seed: int = 0,
+    skip_bad_images: bool = False,
+) -> Dataset:
+    """Open the training or validation set.
+
+    Args:
+        images: folder of the image files.
+        annotations: JSON file in COCO's format; None for the built-in shapes.
+        image_size: its first number is the side of the built-in pictures.
+        train: whether to return the training set, with augmentation.
+        seed: for the random numbers of the augmentation.
+        skip_bad_images: leave out images that cannot be read, instead of raising an error.
+    """
+    if annotations:
+        return CocoFolder(images, annotations, augmentation(train), seed, skip_bad_images)
+    count, picture_seed = (SHAPES_TRAIN, 1) if train else (SHAPES_VAL, 0)
+    return Shapes(count, picture_seed, image_size[0], augmentation(train), seed)
+
+
+def class_names(categories: dict[int, dict]) -> dict[int, str]:
+    """Return the name of each label."""
+    return {label: category["name"] for label, category in categories.items()}
+
+
+def check_same_classes(train_set: Dataset, val_set: Dataset) -> None:
+    """Raise DataError unless training and validation set have the same classes."""
+    ours, theirs = class_names(train_set.categories), class_names(val_set.categories)
+    differing = sorted(label for label in ours.keys() | theirs.keys() if ours.get(label) != theirs.get(label))
+    if differing:
+        raise DataError(f"training and validation annotations list different categories, at labels {differing[:10]}")
+
+
+def collate(batch: list[tuple]) -> tuple[list, list]:
+    """Return the images and the targets of a batch as two lists; images may differ in size."""
+    images, targets = zip(*batch)
+    return list(images), list(targets)
+
+
+__all__ = ["CocoFolder", "DataError", "Shapes", "check_same_classes", "class_names", "collate", "open_dataset"]

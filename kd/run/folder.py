@@ -1,0 +1,166 @@
+"""The folder of a run.
+
+| file | written | contents |
+|---|---|---|
+| args.json | before training | arguments, versions, git revision, SHA-256 of annotations and weights |
+| log.jsonl | a line per epoch | losses, learning rate, speed, COCO's numbers if evaluated |
+| checkpoint.pt | each epoch and every ten minutes | everything needed to continue |
+| model.pt | at the end | the student alone: weights and how to build it |
+| samples.png | at each evaluation | ground truth, detections of the teacher and of the student |
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from kd.evaluation import SCORER
+from kd.run.distributed import rank, say, world_size
+
+# Arguments that may differ when a run is continued: they change where and when, not what is computed. Files are
+# compared by hash.
+FREE = {
+    *("device", "workers", "output", "resume", "teacher_weights", "pretrained"),
+    *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
+}
+
+
+def check_folder(folder: Path, resume: str | None) -> None:
+    """Check that a run can start or continue in a folder.
+
+    Args:
+        folder: of the run.
+        resume: None for a new run, "required" to continue one, "auto" to continue it if it exists.
+
+    Raises:
+        ValueError: the folder holds another run, or there is nothing to continue.
+    """
+    started = (folder / "checkpoint.pt").exists()
+    if resume is None and (started or is_finished(folder)):
+        raise ValueError(f"{folder} holds a run: continue it with --resume, choose another --output, or delete it")
+    if resume == "required" and is_finished(folder):
+        raise ValueError(f"nothing to resume: the run in {folder} is finished")
+    if resume == "required" and not started:
+        raise ValueError(f"nothing to resume: {folder / 'checkpoint.pt'} does not exist")
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a run has finished."""
+    return (folder / "model.pt").exists()
+
+
+def open_folder(folder: Path, args: argparse.Namespace) -> bool:
+    """Create the folder and write args.json, or compare it with the run to continue; return whether there is one.
+
+    Raises:
+        ValueError: the folder cannot be written, or the run to continue was started with other arguments, number of
+            processes or files.
+    """
+    description = describe(args)
+    say(f"{folder}: {', '.join(f'{name} {value}' for name, value in description['versions'].items())}")
+    if (folder / "checkpoint.pt").exists():
+        check_same_run(folder, description)
+        return True
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text(json.dumps(description, indent=1))
+            (folder / "log.jsonl").write_text("")
+        except OSError as error:
+            raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    return False
+
+
+def describe(args: argparse.Namespace) -> dict:
+    """Return the content of args.json."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(command, capture_output=True, text=True, check=False)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        SCORER: version(SCORER),
+        "revision": revision.stdout.strip() or None,
+    }
+    files = {name: getattr(args, name) for name in ("train_annotations", "val_annotations", "teacher_weights")}
+    files["pretrained"] = args.pretrained if isinstance(args.pretrained, str) else None
+    hashes = {name: file_hash(file) for name, file in files.items() if file}
+    return {**vars(args), "processes": world_size(), "sha256": hashes, "versions": versions}
+
+
+def check_same_run(folder: Path, description: dict) -> None:
+    """Raise ValueError if a run was started with other arguments, number of processes or files; name all of them."""
+    before = json.loads((folder / "args.json").read_text())
+    names = sorted((before.keys() | description.keys()) - FREE - {"versions"})
+    changes = [
+        f"{name} was {before.get(name)}, is {description.get(name)}"
+        for name in names
+        if before.get(name) != description.get(name)
+    ]
+    if changes:
+        raise ValueError(f"{folder} was started differently: {'; '.join(changes)}")
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def append_log(folder: Path, line: dict) -> None:
+    """Add a line to log.jsonl."""
+    with open(folder / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def cut_log(folder: Path, epochs: int) -> None:
+    """Keep the lines of log.jsonl up to an epoch; a killed run may have logged more than it saved."""
+    lines = (folder / "log.jsonl").read_text().splitlines()[:epochs]
+    (folder / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def read_evaluations(folder: Path) -> list[dict]:
+    """Return the lines of log.jsonl that have an evaluation, in order."""
+    log = folder / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [line for line in lines if "AP" in line]
+
+
+def run_name(args: argparse.Namespace, method: str, student: str) -> str:
+    """Return the default folder name for a method and student in the setting of `args`."""
+    teacher = [args.teacher] if method != "none" else []
+    data = [Path(args.data).resolve().name] if args.data else []
+    return "-".join([method, args.detector, *teacher, student, *data])
+
+
+def result(name: str, metrics: dict[str, float], detector: nn.Module) -> dict:
+    """Return a row for `print_results`."""
+    return {"name": name, **metrics, "parameters": sum(parameter.numel() for parameter in detector.parameters())}
+
+
+def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -> None:
+    """Print a table of the teacher (if any), the plain student (if that run exists), and the student.
+
+    Args:
+        args: of the run.
+        rows: from `result`, of the teacher (if any) and the student.
+        iterations: of the run.
+    """
+    plain = read_evaluations(Path(args.output).parent / run_name(args, "none", args.student))
+    if plain and args.method != "none":
+        name, parameters = f"plain {args.student}", rows[-1]["parameters"]
+        rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
+    width = max(len(row["name"]) for row in rows)
+    print(f"\n{args.detector}, {iterations} iterations\n")
+    print(f"{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")
+    for row in rows:
+        numbers = "".join(f"{row[key]:8.3f}" for key in ("AP", "AP50", "AP75"))
+        print(f"{row['name']:{width}}{numbers}{row['parameters'] / 1e6:12.1f} M")

@@ -1,0 +1,162 @@
+"""Many runs as one table. Runs that differ only in their seed share a row."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from kd.run.folder import read_evaluations
+
+COLUMNS = (
+    "method",
+    "detector",
+    "student",
+    "data",
+    "iterations",
+    "seed: AP",
+    "teacher",
+    "AP",
+    "AP50",
+    "gain",
+    "over l2",
+)
+
+# Runs that agree in SETTING can be compared. Runs that also agree in METHOD are repetitions.
+SETTING = (
+    *("detector", "student", "data", "train_annotations", "val_annotations", "image_size", "multi_scale", "iteration"),
+    *("batch_size", "processes", "optimizer", "lr", "clip_grad", "amp", "sync_bn", "pretrained"),
+)
+METHOD = ("method", "teacher", "set", "distill_weight", "inherit")
+L2 = {"method": "l2", "set": [], "distill_weight": 1.0, "inherit": False}  # what other methods are compared with
+
+
+def collect(path: Path) -> list[dict]:
+    """Return every evaluated run: "folder", "args" (its args.json) and "log" (the evaluated lines of log.jsonl).
+
+    Args:
+        path: a folder of runs, or a file with one run per line, as `pack` writes it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if path.is_file():
+        runs = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        runs = [
+            {
+                "folder": str(file.parent.relative_to(path)),
+                "args": json.loads(file.read_text()),
+                "log": read_evaluations(file.parent),
+            }
+            for file in sorted(path.rglob("args.json"))
+        ]
+    runs = [run for run in runs if run["log"]]
+    if not runs:
+        raise ValueError(f"{path} is neither a run (no model.pt) nor a folder of evaluated runs")
+    return runs
+
+
+def pack(runs: list[dict], file: Path) -> None:
+    """Write runs to a text file, one per line, with numbers rounded to 6 digits."""
+
+    def rounded(value):
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    file.write_text("".join(json.dumps(rounded(run)) + "\n" for run in runs))
+
+
+def compare(runs: list[dict]) -> list[tuple[str, ...]]:
+    """Return a row of COLUMNS for each setting and method, teachers and plain students first.
+
+    AP and AP50 are means over the seeds, with the standard deviation of several. "teacher" is the teacher's mean AP
+    before training, marked where it is not above the students'. "gain" is the difference of the mean AP to the plain
+    students of the same setting, "over l2" that to l2 at its default weight; both are empty where these are missing.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        run = {**run["args"], **run["log"][-1]}
+        groups[key(run, SETTING), key(run, METHOD)].append(run)
+    mean = {group: statistics.mean(run["AP"] for run in members) for group, members in groups.items()}
+    plain = {setting: mean[setting, method] for setting, method in groups if json.loads(method)[0] == "none"}
+
+    rows = []
+    for (setting, method), members in groups.items():
+        run, ours = members[0], mean[setting, method]
+        l2 = mean.get((setting, key(run | L2, METHOD)))
+        rows.append(
+            (
+                method_name(run),
+                run["detector"],
+                f"{run['teacher']} -> {run['student']}" if run["teacher"] else run["student"],
+                data_name(run),
+                str(run["iteration"]),
+                ", ".join(f"{r['seed']}: {r['AP']:.3f}" for r in sorted(members, key=lambda r: r["seed"])),
+                teacher_ap(members, ours),
+                mean_and_spread([r["AP"] for r in members]),
+                mean_and_spread([r["AP50"] for r in members]),
+                gain(ours, plain.get(setting)) if run["method"] != "none" else "",
+                gain(ours, l2) if run["method"] not in ("none", "l2") else "",
+            )
+        )
+    order = {row: (row[3], row[1], row[4], row[0] != "none", row[2], row[0]) for row in rows}
+    return sorted(rows, key=order.get)
+
+
+def method_name(run: dict) -> str:
+    """Return the method of a run with its changed hyper-parameters."""
+    words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
+    words += [f"x {run['distill_weight']:g}"] if run["distill_weight"] != 1 else []
+    return " ".join(words)
+
+
+def teacher_ap(members: list[dict], ours: float) -> str:
+    """Return the mean AP of the teachers of runs, marked unless it is above `ours`; empty without teachers."""
+    values = [run["teacher_AP"] for run in members if run.get("teacher_AP") is not None]
+    if not values:
+        return ""
+    teacher = statistics.mean(values)
+    return f"{teacher:.3f}" if teacher > ours else f"{teacher:.3f} not above"
+
+
+def gain(ours: float, baseline: float | None) -> str:
+    """Return the difference with its sign, empty without a baseline."""
+    return "" if baseline is None else f"{ours - baseline:+.3f}"
+
+
+def key(run: dict, names: tuple[str, ...]) -> str:
+    """Return the values of these names as one string."""
+    return json.dumps([run.get(name) for name in names])
+
+
+def data_name(run: dict) -> str:
+    """Return a short name of the data of a run."""
+    size = "x".join(map(str, run["image_size"]))
+    if run["data"]:
+        return f"{Path(run['data']).name} {size}"
+    return f"{Path(run['train_annotations']).stem if run['train_annotations'] else 'shapes'} {size}"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Return the mean, and the standard deviation of several values."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def format_table(rows: list[tuple[str, ...]], markdown: bool) -> str:
+    """Return the rows as columns of text or as a Markdown table; what all rows share is a line above."""
+    columns = list(zip(COLUMNS, *rows))
+    shared = [column for column in columns if len(rows) > 1 and len(set(column[1:])) == 1 and column[1]]
+    kept = [column for column in columns if column not in shared]
+    lines = list(zip(*kept))
+    heading = f"{', '.join(f'{column[0]}: {column[1]}' for column in shared)}\n\n" if shared else ""
+    if markdown:
+        lines.insert(1, ("---",) * len(kept))
+        return heading + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in kept]
+    return heading + "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
