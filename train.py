@@ -1,6 +1,6 @@
 r"""Train a detector, either plain or distilled from a teacher.
 
-On a laptop, with the built-in shapes; the teacher is trained first:
+On a laptop, with the built-in shapes; a teacher and a plain student are trained first:
 
     python train.py --method frs --teacher r101 --student r50
 
@@ -21,6 +21,7 @@ divided by 10 after 2/3 and 11/12 of them. Recipe for the shapes: from scratch w
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -38,12 +39,22 @@ from kd.methods import METHODS, build_method
 from kd.run.arguments import plain_arguments, settle
 from kd.run.checkpoint import load_teacher, save_model
 from kd.run.distributed import barrier, init_distributed, rank, say, share_buffers, world_size
-from kd.run.folder import append_log, is_finished, open_folder, print_results, read_evaluations, result
+from kd.run.folder import (
+    append_log,
+    check_same_run,
+    describe,
+    is_finished,
+    open_folder,
+    read_evaluations,
+    started_with,
+)
 from kd.run.progress import Progress
+from kd.run.results import print_results, result
 from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.tools.samples import draw_samples
 
 TEACHER_CHECK = 500  # validation images for the teacher's AP before training
+TEACHER_SCHEDULE = 2  # epochs of a teacher on the shapes for each of its student: at equal schedules it is no better
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -68,14 +79,15 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--val-annotations", help="JSON file, instead of the one in --data")
     add("--image-size", type=int, nargs=2, metavar=("MIN", "MAX"), help="short and long side in pixels")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
-    add("--multi-scale", action="store_true", help="draw the short side of training images from 0.8 to 1.0 of MIN")
+    add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="random short side of training images")
+    add("--aspect-ratio-group-factor", type=int, default=3, help="form batches of similar aspect ratio; 0: off")
     # schedule
     add("--epochs", type=int, help="passes over the training set")
     add("--max-iterations", type=int, help="stop after this many steps, then evaluate and save")
     add("--batch-size", type=int, help="images per process")
     add("--optimizer", choices=("sgd", "adamw"), help="sgd: step decay; adamw: one-cycle")
     add("--lr", type=float, help="learning rate, not scaled further; default: the recipe's")
-    add("--clip-grad", type=float, default=35.0, help="maximum norm of the gradient")
+    add("--clip-grad", type=float, default=35.0, help="maximum norm of the gradient; 0: off")
     add("--eval-interval", type=int, help="epochs between evaluations; the last epoch is always evaluated")
     add("--sync-bn", action="store_true", help="batch norm over the images of all GPUs, for training from scratch")
     # machine
@@ -91,21 +103,22 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    """Train the teacher if the shapes need one, then the detector asked for; return COCO's twelve numbers."""
+    """Train what the shapes need for comparison, then the detector asked for; return COCO's twelve numbers."""
     settle(args)
-    if is_finished(Path(args.output)):
-        say(f"{args.output} is finished")
-        return read_evaluations(Path(args.output))[-1]
+    output = Path(args.output)
+    if is_finished(output):
+        say(f"{output} is finished")
+        return read_evaluations(output)[-1]
     if args.method != "none" and args.teacher_weights is None:
-        args.teacher_weights = train_teacher(args)
+        args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
     return train(args)
 
 
-def train_teacher(args: argparse.Namespace) -> str:
-    """Train a teacher on the built-in shapes unless an earlier run did; return the path of its weights.
+def train_companions(args: argparse.Namespace) -> str:
+    """Train teacher and plain student on the built-in shapes unless earlier runs did; return the teacher's weights.
 
     Raises:
-        ValueError: the data is not built in.
+        ValueError: the data is not built in, or the earlier runs had other settings.
     """
     if args.train_annotations:
         raise ValueError(
@@ -113,12 +126,15 @@ def train_teacher(args: argparse.Namespace) -> str:
             f"--student {args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a "
             f"COCO_V1 checkpoint of torchvision's {args.detector}"
         )
-    teacher_args = plain_arguments(args, args.teacher)
-    folder = Path(teacher_args.output)
-    if not is_finished(folder):
-        say(f"No teacher yet: training {args.teacher} first; {folder} keeps it for later runs.")
-        train(teacher_args)
-    return str(folder / "model.pt")
+    teacher = plain_arguments(args, "teacher", args.teacher, TEACHER_SCHEDULE * args.epochs)
+    for companion in (teacher, plain_arguments(args, "none", args.student, args.epochs)):
+        folder = Path(companion.output)
+        if is_finished(folder):
+            check_same_run(folder, describe(companion))
+        else:
+            say(f"training {folder.name} first; later runs use it again")
+            train(companion)
+    return str(Path(teacher.output) / "model.pt")
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -147,7 +163,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, size).to(device)
         metrics, detections = score(teacher, limit=TEACHER_CHECK, name=name)
         say(f"{name} from {path}: AP {metrics['AP']:.3f} on {len(detections)} validation images")
-        results.append(result(name, metrics, teacher))
+        some = f", {len(detections)} images" if len(detections) < len(val_set) else ""
+        results.append(result(f"{name}{some}", metrics, teacher))
         shown[name] = detections
         teacher = speed_up_teacher(teacher, AMP[args.amp])
 
@@ -162,13 +179,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     }
     student = build_detector(**arguments, pretrained=args.pretrained).to(device, memory_format=torch.channels_last)
     if args.multi_scale:
-        student.transform.min_size = tuple(round(size[0] * (0.8 + 0.04 * step)) for step in range(6))
-    if teacher:
-        check_pair(student, teacher)
-    if args.inherit:
-        inherit(student, teacher)
-    if args.sync_bn:
-        student = convert_sync_batchnorm(student)
+        low, high = args.multi_scale
+        student.transform.min_size = tuple(range(low, high + 1))
 
     # distiller
     method, warmup = None, 0
@@ -176,6 +188,12 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         channels = student.backbone.out_channels, teacher.backbone.out_channels
         method = build_method(args.method, args.detector, *channels, student.backbone.strides, args.set)
         warmup = min(method.warmup, iterations // 10)
+        check_pair(student, teacher, method.needs)
+    if args.inherit:
+        args.not_inherited = inherit(student, teacher)  # recorded in args.json
+        say(f"inherited FPN and heads of the teacher, except: {', '.join(args.not_inherited) or 'nothing'}")
+    if args.sync_bn:
+        student = convert_sync_batchnorm(student)
     distiller = Distiller(student, teacher, method, weight=args.distill_weight, warmup=warmup).to(device)
     if method:
         image, target = next(sample for sample in train_set if len(sample[1]["labels"]))
@@ -198,8 +216,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if open_folder(output, args):
         progress.resume()
     for epoch in range(progress.epoch, progress.epochs):
-        loader = progress.loader(train_set, args.batch_size, args.workers)
-        train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autocast, args.clip_grad, device)
+        loader = progress.loader(train_set, args.batch_size, args.workers, args.aspect_ratio_group_factor)
+        train_one_epoch(
+            model, loader, optimizer, schedule, scaler, progress, autocast, args.clip_grad or math.inf, device
+        )
         line = progress.summary()
         if epoch == 0:
             check_not_zero({name: line["losses"][name] for name in progress.terms}, steps=progress.step)

@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.testing import assert_close
 
-from kd.data import CocoFolder, collate, open_dataset
+from kd.data import CocoFolder, collate, group_batches, open_dataset
 from kd.data.coco import DataError
 from kd.data.folder import COCO_NAMES, label_categories
 from kd.data.shapes import Shapes
@@ -347,3 +347,16 @@ def test_open_dataset(write):
     image, _ = shapes[3]
     assert image.shape == (3, 64, 64) and image.min() >= 0 and image.max() <= 1
     assert shapes.num_classes == 5 and "built-in shapes" in shapes.summary and (shapes.seed, shapes.epoch) == (7, 0)
+
+
+def test_batches_of_similar_aspect_ratio():
+    """Factor 1 has groups below 1/2, to 1, to 2 and above. Full batches in order, then what is left, by group."""
+    ratios = np.array([0.7, 1.5, 0.8, 1.4, 3.0, 0.6, 1.6, 0.3, 1.5, 0.9])
+    assert group_batches(list(range(10)), ratios, 2, 1) == [[0, 2], [1, 3], [6, 8], [5, 9], [7, 4]]
+    assert group_batches(list(range(10)), ratios, 3, 1) == [[0, 2, 5], [1, 3, 6], [7, 9, 8]]
+    assert group_batches([3, 1, 2, 0, 4], ratios, 2, 0) == [[3, 1], [2, 0]]
+    for count in range(20):  # the number of batches depends on nothing but the number of images
+        indices = np.random.default_rng(count).permutation(10)[: count % 11].tolist()
+        batches = group_batches(indices, ratios, 3, 3)
+        assert len(batches) == len(indices) // 3 and all(len(batch) == 3 for batch in batches)
+        assert len({index for batch in batches for index in batch}) == 3 * len(batches)

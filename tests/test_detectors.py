@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from kd.detectors import DETECTORS, build_detector, check_pair, inherit
+from kd.detectors import DETECTORS, build_detector, check_pair, inherit, timm_name
 from kd.run.checkpoint import load_model, load_torchvision, save, save_model
 
 BACKBONES = (
@@ -150,26 +150,52 @@ def test_torchvision_checkpoint_fits(tmp_path):
 
 
 def test_check_pair():
-    student = build_detector("fcos", "test_resnet", 3, image_size=(64, 96))
+    """All that a method reads must correspond; FPN features alone need only the same strides."""
+    heads, small = ("fpn", "cls_logits"), {"image_size": (64, 96)}
+    student, other = (build_detector("fcos", name, 3, **small) for name in ("test_resnet", "mobilenetv3_small_100"))
+    check_pair(student, other, heads)
+    retinanet = build_detector("retinanet", "test_resnet", 3, **small)
     with pytest.raises(ValueError, match="detector: student FCOS, teacher RetinaNet"):
-        check_pair(student, build_detector("retinanet", "test_resnet", 3, image_size=(64, 96)))
+        check_pair(student, retinanet, heads)
+    check_pair(student, retinanet, ("fpn",))
     with pytest.raises(ValueError, match="number of classes.*student 3, teacher 4"):
-        check_pair(student, build_detector("fcos", "test_resnet", 4, image_size=(64, 96)))
-    small = build_detector("retinanet", "test_resnet", 3, image_size=(64, 96))
+        check_pair(student, build_detector("fcos", "test_resnet", 4, **small), heads)
     with pytest.raises(ValueError, match="anchor sizes"):
-        check_pair(small, build_detector("retinanet", "test_resnet", 3, image_size=(800, 1333)))
-    check_pair(student, build_detector("fcos", "mobilenetv3_small_100", 3, image_size=(64, 96)))
+        check_pair(retinanet, build_detector("retinanet", "test_resnet", 3, image_size=(800, 1333)), heads)
+    square = build_detector("retinanet", "test_resnet", 3, **small)
+    square.anchor_generator.aspect_ratios = ((1.0,),) * 5
+    with pytest.raises(ValueError, match="anchor aspect ratios"):
+        check_pair(retinanet, square, heads)
+    with pytest.raises(ValueError, match=r"strides: student \(8, 16, 32, 64, 128\), teacher \(4, 8, 16, 32, 64\)"):
+        check_pair(student, build_detector("faster_rcnn", "test_resnet", 3, **small), ("fpn",))
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_inherit(detector):
-    """Pyramid and heads become the teacher's, the body stays; laterals of other channels are refused."""
+    """FPN and heads become the teacher's, the body stays; lateral convolutions of other channels are left and named."""
     student, teacher = (build_detector(detector, "test_resnet", 3, image_size=(64, 96)) for _ in range(2))
     before = copy.deepcopy(student.state_dict())
-    inherit(student, teacher)
+    assert inherit(student, teacher) == []
     for name, value in student.state_dict().items():
         expected = before if name.startswith("backbone.body.") else teacher.state_dict()
         assert torch.equal(value, expected[name]), name
+
     other = build_detector(detector, "mobilenetv3_small_100", 3, image_size=(64, 96))
-    with pytest.raises(ValueError, match="cannot inherit backbone.fpn.inner_blocks.0.0.weight"):
-        inherit(other, teacher)
+    before, levels = copy.deepcopy(other.state_dict()), 4 if detector == "faster_rcnn" else 3
+    left = inherit(other, teacher)
+    assert left == [f"backbone.fpn.inner_blocks.{level}.0.weight" for level in range(levels)]
+    for name, value in other.state_dict().items():
+        expected = before if name in left or name.startswith("backbone.body.") else teacher.state_dict()
+        assert torch.equal(value, expected[name]), name
+
+    alien = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="cannot inherit: no tensor"):
+        inherit(alien, teacher)
+
+
+def test_short_names_are_the_papers_weights():
+    """Pretrained, r50 means torchvision's V1 weights; the architecture is timm's resnet50 all the same."""
+    assert timm_name("r50") == "resnet50.tv_in1k" and timm_name("resnet50") == "resnet50"
+    for depth in (18, 34, 50, 101, 152):
+        config = timm.get_pretrained_cfg(timm_name(f"r{depth}"))
+        assert config.tag == "tv_in1k" and "pytorch/vision" in config.origin_url

@@ -57,7 +57,8 @@ if __name__ == "__main__":
     methods, folder, *words = sys.argv[1:]
     for method in methods.split(","):
         own = ["--method", method, "--output", folder + "/" + method]
-        own += ["--teacher", "test_resnet", "--teacher-weights", os.path.dirname(folder) + "/teacher/model.pt"] * (method != "none")
+        if method != "none":
+            own += ["--teacher", "test_resnet", "--teacher-weights", os.path.dirname(folder) + "/teacher/model.pt"]
         train.main(train.parse_args([*words, *own]))
     distributed.destroy_process_group()
 """

@@ -186,11 +186,11 @@ def stopped(interrupted, tmp_path):
 
 def test_what_must_not_change(stopped):
     """Arguments and files are those of the start; device, workers and paths are free."""
-    with pytest.raises(ValueError, match=r"started differently: lr was None, is 0.1; seed was 0, is 1$"):
+    with pytest.raises(ValueError, match=r"started differently: lr was None, is 0.1; seed was 0, is 1\."):
         run(*DISTIL, "--output", stopped, "--resume", "--lr", 0.1, "--seed", 1)
     with pytest.raises(ValueError, match="holds a run: continue it with --resume, choose another --output"):
         run(*DISTIL, "--output", stopped)
-    teacher = stopped.parent / "none-fcos-test_resnet" / "model.pt"
+    teacher = stopped.parent / "teacher-fcos-test_resnet" / "model.pt"
     moved = teacher.rename(stopped.parent / "moved.pt")
     content = torch.load(moved, weights_only=True)
     content["model"]["head.regression_head.bbox_reg.bias"] += 1

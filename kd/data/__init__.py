@@ -3,11 +3,13 @@
 Every data set yields (image, target): image [3, h, w] in 0..1; target with boxes (FloatTensor[M, 4]) in [x1, y1, x2,
 y2] pixels, 0 <= x1 < x2 <= w and 0 <= y1 < y2 <= h, labels (Int64Tensor[M]) in 1..K-1, and image_id (int). It also has
 `categories` (COCO category of each label), `num_classes` (K), `summary` (one line), `coco()` (ground truth in COCO's
-format), and `epoch`, which the training loop sets: with the seed, it determines how images are augmented.
+format), `aspect_ratios` (width / height of each image), and `epoch`, which the training loop sets: with the seed, it
+determines how images are augmented.
 """
 
 from torch.utils.data import Dataset
 
+from kd.data.batches import collate, group_batches
 from kd.data.coco import DataError
 from kd.data.folder import CocoFolder
 from kd.data.shapes import Shapes
@@ -53,10 +55,13 @@ def check_same_classes(train_set: Dataset, val_set: Dataset) -> None:
         raise DataError(f"training and validation annotations list different categories, at labels {differing[:10]}")
 
 
-def collate(batch: list[tuple]) -> tuple[list, list]:
-    """Return the images and the targets of a batch as two lists; images may differ in size."""
-    images, targets = zip(*batch)
-    return list(images), list(targets)
-
-
-__all__ = ["CocoFolder", "DataError", "Shapes", "check_same_classes", "class_names", "collate", "open_dataset"]
+__all__ = [
+    "CocoFolder",
+    "DataError",
+    "Shapes",
+    "check_same_classes",
+    "class_names",
+    "collate",
+    "group_batches",
+    "open_dataset",
+]

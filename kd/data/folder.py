@@ -65,6 +65,7 @@ class CocoFolder(Dataset):
         categories: COCO category of each label.
         num_classes: K, the largest label plus one.
         summary: one line with what was read and what was left out.
+        aspect_ratios: width / height of each image.
         epoch: counted from 0; the random numbers of the transforms depend on seed, epoch and index only.
 
     Raises:
@@ -90,6 +91,7 @@ class CocoFolder(Dataset):
         self.images = sorted((i for i in coco["images"] if i["id"] not in bad), key=lambda image: image["id"])
         listed = [a for a in coco["annotations"] if a["image_id"] not in bad]
 
+        self.aspect_ratios = np.array([i["width"] / i["height"] for i in self.images])
         # Arrays instead of Python objects, which every data loading process would copy when it reads them.
         label_of = {category["id"]: label for label, category in self.categories.items()}
         row_of = {image["id"]: row for row, image in enumerate(self.images)}

@@ -111,6 +111,7 @@ class Shapes(Dataset):
         self.transforms, self.seed, self.epoch = transforms, seed, 0
         self.categories = {label: {"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)}
         self.num_classes = len(CLASSES) + 1
+        self.aspect_ratios = np.ones(num_images)
         self.summary = (
             f"built-in shapes, seed {picture_seed}: {num_images} pictures of {image_size}x{image_size} pixels"
         )

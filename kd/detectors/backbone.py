@@ -11,7 +11,9 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 STRIDES = {"fcos": (8, 16, 32, 64, 128), "retinanet": (8, 16, 32, 64, 128), "faster_rcnn": (4, 8, 16, 32, 64)}
 FPN_CHANNELS = 256
-SHORT_NAMES = {f"r{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+# Pretrained, these have torchvision's V1 weights, which the papers' detectors start from; timm's default weights of the
+# same models are others.
+SHORT_NAMES = {f"r{depth}": f"resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101, 152)}
 
 
 class Backbone(nn.Module):
@@ -69,7 +71,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def timm_name(backbone: str) -> str:
-    """Return the timm model name of a backbone: r50 becomes resnet50, a timm name is returned as it is.
+    """Return the timm model name of a backbone: r50 becomes resnet50.tv_in1k, a timm name is returned as it is.
 
     Raises:
         ValueError: timm has no such model; the message lists close matches.

@@ -1,42 +1,54 @@
 """A teacher and a student that fit each other: checked, and the student initialised from the teacher."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 
-def check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ValueError unless the outputs of teacher and student correspond position by position.
+def check_pair(student: nn.Module, teacher: nn.Module, needs: Collection[str]) -> None:
+    """Raise ValueError unless what a method reads of teacher and student corresponds position by position.
 
-    Detector, number of classes, strides and anchors must agree. Backbones and input normalisation may differ.
+    For FPN features alone, the strides must agree. Otherwise also detector, number of classes and anchors. Backbones
+    and input normalisation may differ.
+
+    Args:
+        student: a detector.
+        teacher: a detector.
+        needs: names of the DetectorOutput attributes that the method reads.
     """
-    differences = []
-    for name, read in {
-        "detector": lambda m: type(m).__name__,
-        "number of classes (background included)": num_classes,
-        "strides": lambda m: m.backbone.strides,
-        "anchor sizes": lambda m: anchor_generator(m).sizes,
-        "anchor aspect ratios": lambda m: anchor_generator(m).aspect_ratios,
-    }.items():
-        if read(student) != read(teacher):
-            differences.append(f"{name}: student {read(student)}, teacher {read(teacher)}")
+    compared = {"strides": lambda m: m.backbone.strides}
+    if set(needs) != {"fpn"}:
+        compared |= {
+            "detector": lambda m: type(m).__name__,
+            "number of classes (background included)": num_classes,
+            "anchor sizes": lambda m: anchor_generator(m).sizes,
+            "anchor aspect ratios": lambda m: anchor_generator(m).aspect_ratios,
+        }
+    differences = [
+        f"{name}: student {read(student)}, teacher {read(teacher)}"
+        for name, read in compared.items()
+        if read(student) != read(teacher)
+    ]
     if differences:
         raise ValueError("teacher and student do not fit. " + "; ".join(differences))
 
 
-def inherit(student: nn.Module, teacher: nn.Module) -> None:
-    """Initialise the student's FPN and heads from the teacher, everything but the body of the backbone.
+def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Initialise the student's FPN and heads from the teacher wherever shapes agree; return what was left out.
 
-    PGD, FGD and others report results of students that start this way.
+    The body of the backbone is never inherited. Lateral convolutions of the FPN are left out where the channels of the
+    backbones differ. PGD, FGD and others report results of students that start this way.
 
     Raises:
-        ValueError: a tensor has another shape or is missing; the message names the first one.
+        ValueError: not a single tensor fits.
     """
-    theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.body.")}
+    theirs = teacher.state_dict()
     ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
-    for name in sorted(theirs.keys() | ours.keys()):
-        shapes = [tuple(held[name].shape) if name in held else "absent" for held in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"the student cannot inherit {name}: its shape is {shapes[0]}, the teacher's {shapes[1]}")
-    student.load_state_dict(theirs, strict=False)  # not strict because of the body
+    fitting = {name: theirs[name] for name, v in ours.items() if name in theirs and theirs[name].shape == v.shape}
+    if not fitting:
+        raise ValueError("the student cannot inherit: no tensor of the teacher's FPN and heads has the same shape")
+    student.load_state_dict(fitting, strict=False)
+    return [name for name in ours if name not in fitting]
 
 
 def anchor_generator(detector: nn.Module) -> nn.Module:

@@ -12,11 +12,14 @@ from kd.run.distributed import world_size
 from kd.run.folder import check_folder, run_name
 
 # Defaults that depend on the data. Learning rates are in make_optimizer; the shapes are evaluated at the end.
-SHAPES_RECIPE = {"epochs": 2, "batch_size": 8, "image_size": [64, 64], "optimizer": "adamw"}
+SHAPES_RECIPE = {"epochs": 1, "batch_size": 8, "image_size": [64, 64], "optimizer": "adamw"}
 COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 
-MINIMUM = {"epochs": 1, "batch_size": 1, "eval_interval": 1, "max_iterations": 1, "workers": 0, "seed": 0}
-POSITIVE = ("lr", "distill_weight", "clip_grad")
+MINIMUM = {
+    **{"epochs": 1, "batch_size": 1, "eval_interval": 1, "max_iterations": 1, "workers": 0, "seed": 0},
+    **{"clip_grad": 0, "aspect_ratio_group_factor": 0},
+}
+POSITIVE = ("lr", "distill_weight")
 PLAIN = {"method": "none", "teacher": None, "teacher_weights": None, "set": [], "distill_weight": 1.0, "inherit": False}
 
 
@@ -51,10 +54,11 @@ def settle(args: argparse.Namespace) -> None:
     check_folder(Path(args.output), args.resume)
 
 
-def plain_arguments(args: argparse.Namespace, backbone: str) -> argparse.Namespace:
-    """Return the arguments for plain training of a backbone in the same setting, next to the folder of `args`."""
-    folder = str(Path(args.output).parent / run_name(args, "none", backbone))
-    return argparse.Namespace(**{**vars(args), **PLAIN, "student": backbone, "output": folder, "resume": "auto"})
+def plain_arguments(args: argparse.Namespace, name: str, backbone: str, epochs: int) -> argparse.Namespace:
+    """Return the arguments for plain training of a backbone in the setting of `args`, in a folder next to its own."""
+    folder = str(Path(args.output).parent / run_name(args, name, backbone))
+    changes = {"student": backbone, "epochs": epochs, "output": folder, "resume": "auto"}
+    return argparse.Namespace(**{**vars(args), **PLAIN, **changes})
 
 
 def check_names(args: argparse.Namespace) -> None:
@@ -82,7 +86,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raise ValueError where a number is out of range."""
     for name, minimum in MINIMUM.items():
         value = getattr(args, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:
             raise ValueError(f"{option(name)} is {value}: give {minimum} or more")
     for name in POSITIVE:
         value = getattr(args, name)
@@ -91,6 +95,10 @@ def check_numbers(args: argparse.Namespace) -> None:
     low, high = args.image_size
     if not 32 <= low <= high:
         raise ValueError(f"--image-size {low} {high}: give the short side, 32 or more, then the long side")
+    if args.multi_scale and not 32 <= args.multi_scale[0] <= args.multi_scale[1]:
+        raise ValueError(
+            f"--multi-scale {args.multi_scale[0]} {args.multi_scale[1]}: give the lower side first, from 32"
+        )
     if args.data is None and args.train_annotations is None and low != high:
         raise ValueError(f"the built-in shapes are square: give --image-size {low} {low}")
 

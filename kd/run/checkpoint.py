@@ -113,7 +113,7 @@ def load_teacher(
     if differing:
         raise ValueError(f"the classes of the teacher {path} differ from those of the data at labels {differing[:10]}")
     held = content["arguments"]["backbone"]
-    if timm_name(held) != timm_name(backbone):
+    if timm_name(held).split(".")[0] != timm_name(backbone).split(".")[0]:  # behind the dot are pretrained weights
         raise ValueError(f"{path} contains a {held}, but --teacher is {backbone}")
     return teacher
 
@@ -162,11 +162,11 @@ def load_distiller(
     if not Path(path).is_file():
         raise ValueError(f"the teacher of {folder} is not at {path}: give its file as --teacher-weights")
     teacher = load_teacher(path, settings["detector"], settings["teacher"], categories, settings["image_size"])
-    check_pair(student, teacher)
     channels = student.backbone.out_channels, teacher.backbone.out_channels
     method = build_method(
         settings["method"], settings["detector"], *channels, student.backbone.strides, settings["set"]
     )
+    check_pair(student, teacher, method.needs)
     state = load(folder / "checkpoint.pt")["distiller"]  # model.pt has only the student
     state = {name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")}
     load_strictly(method, state, folder / "checkpoint.pt")

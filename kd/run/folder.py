@@ -20,7 +20,6 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
-from torch import nn
 
 from kd.evaluation import SCORER
 from kd.run.distributed import rank, say, world_size
@@ -66,7 +65,7 @@ def open_folder(folder: Path, args: argparse.Namespace) -> bool:
     """
     description = describe(args)
     say(f"{folder}: {', '.join(f'{name} {value}' for name, value in description['versions'].items())}")
-    if (folder / "checkpoint.pt").exists():
+    if started_with(folder):
         check_same_run(folder, description)
         return True
     if rank() == 0:
@@ -77,6 +76,11 @@ def open_folder(folder: Path, args: argparse.Namespace) -> bool:
         except OSError as error:
             raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     return False
+
+
+def started_with(folder: Path) -> dict:
+    """Return the args.json of a run that can be continued, empty if there is none."""
+    return json.loads((folder / "args.json").read_text()) if (folder / "checkpoint.pt").exists() else {}
 
 
 def describe(args: argparse.Namespace) -> dict:
@@ -107,7 +111,10 @@ def check_same_run(folder: Path, description: dict) -> None:
         if before.get(name) != description.get(name)
     ]
     if changes:
-        raise ValueError(f"{folder} was started differently: {'; '.join(changes)}")
+        raise ValueError(
+            f"{folder} was started differently: {'; '.join(changes)}. Use the same settings or another --output, or "
+            "delete the folder"
+        )
 
 
 def file_hash(path: str | Path) -> str:
@@ -135,32 +142,14 @@ def read_evaluations(folder: Path) -> list[dict]:
 
 
 def run_name(args: argparse.Namespace, method: str, student: str) -> str:
-    """Return the default folder name for a method and student in the setting of `args`."""
-    teacher = [args.teacher] if method != "none" else []
-    data = [Path(args.data).resolve().name] if args.data else []
-    return "-".join([method, args.detector, *teacher, student, *data])
-
-
-def result(name: str, metrics: dict[str, float], detector: nn.Module) -> dict:
-    """Return a row for `print_results`."""
-    return {"name": name, **metrics, "parameters": sum(parameter.numel() for parameter in detector.parameters())}
-
-
-def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -> None:
-    """Print a table of the teacher (if any), the plain student (if that run exists), and the student.
+    """Return the default folder name of a run in the setting of `args`.
 
     Args:
         args: of the run.
-        rows: from `result`, of the teacher (if any) and the student.
-        iterations: of the run.
+        method: a method, "none", or "teacher" for plain training of a teacher.
+        student: backbone.
     """
-    plain = read_evaluations(Path(args.output).parent / run_name(args, "none", args.student))
-    if plain and args.method != "none":
-        name, parameters = f"plain {args.student}", rows[-1]["parameters"]
-        rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
-    width = max(len(row["name"]) for row in rows)
-    print(f"\n{args.detector}, {iterations} iterations\n")
-    print(f"{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")
-    for row in rows:
-        numbers = "".join(f"{row[key]:8.3f}" for key in ("AP", "AP50", "AP75"))
-        print(f"{row['name']:{width}}{numbers}{row['parameters'] / 1e6:12.1f} M")
+    teacher = [args.teacher] if method not in ("none", "teacher") else []
+    data = [Path(args.data).resolve().name] if args.data else []
+    seed = [f"seed{args.seed}"] if args.seed else []
+    return "-".join([method, args.detector, *teacher, student, *data, *seed])

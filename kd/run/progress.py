@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-from kd.data import collate
+from kd.data import collate, group_batches
 from kd.run.checkpoint import restore, save
 from kd.run.distributed import barrier, gather, mean_over_processes, rank, say, world_size
 from kd.run.folder import cut_log
@@ -90,21 +90,22 @@ class Progress:
             cut_log(self.folder, self.epoch)
         say(f"continuing {self.folder} after {self.step} steps of epoch {self.epoch + 1}")
 
-    def loader(self, dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
+    def loader(self, dataset: Dataset, batch_size: int, workers: int, group_factor: int) -> DataLoader:
         """Return a loader of the batches that this process has left in the epoch.
 
         Args:
             dataset: the training set.
             batch_size: images per process.
             workers: data loading processes.
+            group_factor: of `group_batches`.
         """
         dataset.epoch = self.epoch
         sampler = DistributedSampler(dataset, world_size(), rank(), seed=self.seed, drop_last=True)
         sampler.set_epoch(self.epoch)
+        batches = group_batches(list(sampler), dataset.aspect_ratios, batch_size, group_factor)
         return DataLoader(
             dataset,
-            batch_size,
-            sampler=list(sampler)[self.step * batch_size : self.steps_in_epoch * batch_size],
+            batch_sampler=batches[self.step : self.steps_in_epoch],
             num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
@@ -116,7 +117,7 @@ class Progress:
 
         Seeds the random numbers of each step. After a signal, the process ends when the step is finished.
         """
-        started_at, first_step, waited = time.monotonic(), self.step, 0.0
+        started_at, waited, images_done = time.monotonic(), 0.0, 0
         bar = tqdm(
             loader,
             f"{self.title}: epoch {self.epoch + 1} of {self.epochs}",
@@ -132,6 +133,7 @@ class Progress:
             self.image_ids = [target["image_id"] for target in targets]
             yield images, targets
             self.step += 1
+            images_done += len(images)
             bar.set_postfix(loss=f"{self.loss:.3f}", lr=f"{self.parts['schedule'].get_last_lr()[0]:.1e}")
             if self.stopping:
                 bar.close()
@@ -141,7 +143,7 @@ class Progress:
             asked_at = time.monotonic()
         seconds = time.monotonic() - started_at
         self.speed = {
-            "images_per_second": (self.step - first_step) * loader.batch_size * world_size() / seconds,
+            "images_per_second": images_done * world_size() / seconds,
             "waiting_for_data": waited / seconds,
         }
         self.save()

@@ -1,0 +1,33 @@
+"""The table that a run prints at its end."""
+
+import argparse
+from pathlib import Path
+
+from torch import nn
+
+from kd.run.folder import read_evaluations, run_name
+
+
+def result(name: str, metrics: dict[str, float], detector: nn.Module) -> dict:
+    """Return a row for `print_results`."""
+    return {"name": name, **metrics, "parameters": sum(parameter.numel() for parameter in detector.parameters())}
+
+
+def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -> None:
+    """Print a table of the teacher (if any), the plain student (if that run exists), and the student.
+
+    Args:
+        args: of the run.
+        rows: from `result`, of the teacher (if any) and the student.
+        iterations: of the run.
+    """
+    plain = read_evaluations(Path(args.output).parent / run_name(args, "none", args.student))
+    if plain and args.method != "none":
+        name, parameters = f"plain {args.student}", rows[-1]["parameters"]
+        rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
+    width = max(len(row["name"]) for row in rows)
+    print(f"\n{args.detector}, {iterations} iterations\n")
+    print(f"{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")
+    for row in rows:
+        numbers = "".join(f"{row[key]:8.3f}" for key in ("AP", "AP50", "AP75"))
+        print(f"{row['name']:{width}}{numbers}{row['parameters'] / 1e6:12.1f} M")
