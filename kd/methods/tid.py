@@ -3,14 +3,14 @@
 A detector has two tasks, classifying an object and localising it, and a position can be good at one and poor at the
 other. Methods that choose where to distil by class scores alone see half of this, and methods that ask only the teacher
 do not see what the student has yet to learn. TID scores every position of both networks on both tasks, by their own
-predictions. Positions with a high score of the teacher are key, positions where the teacher's score exceeds the
-student's are weak, and key, weak and remaining positions are distilled with different weights.
+predictions. Positions where the teacher is good are distilled with more weight than the rest: as weak areas where the
+student is behind, as key areas where it is not.
 
     score_r = 2 if IoU >= t_pos, 1.5 if t_neg < IoU < t_pos, 0.4 if IoU <= t_neg    (1) paper; the detector's thresholds
     score_c = 2 if the class is that of the matched ground-truth box, else 0.4      (2) paper: discrete; ours: values
     score   = max over anchors of score_c * score_r                                 (3) paper: product; ours: max
-    key     = score_teacher >= 3                                                    (4) ours: class right, box >= 1.5
-    weak    = score_teacher > score_student, and not key                            (5) paper: by difference; ours: how
+    weak    = score_teacher >= 3 and score_teacher > score_student                  (4) paper: by difference; ours: >= 3
+    key     = score_teacher >= 3 and not weak                                       (5) ours
     loss    = sum_area  weight_area  sum_l  1 / #area_l                             (6) paper: weights; ours: the rest
               * sum_{(n,p) in area_l}  mean_c (adapter_l(student_l) - teacher_l)^2
 
@@ -18,6 +18,7 @@ Where:
     IoU is the largest overlap of the predicted box with a ground-truth box of the image, which is the matched one.
     Anchors would be the same for both networks. A box that overlaps none has a wrong class.
     The class is the arg-max over cls_logits. An RPN, with a single class, is right where its probability is >= 0.5.
+    A score of 3 means the right class and a score_r of 1.5 or 2: the errors of the teacher are not emphasised.
     area is key, weak or rest (all else). #area_l counts its positions in all images of this process, at least 1.
     An image without ground truth is all rest.
 
@@ -83,9 +84,9 @@ def split_areas(score_s: Tensor, score_t: Tensor) -> Tensor:
     """
     if score_s.shape != score_t.shape:
         raise ValueError(f"scores of student {tuple(score_s.shape)} and teacher {tuple(score_t.shape)} must agree")
-    key = score_t >= HIGH * MIDDLE  # (4)
-    weak = (score_t > score_s) & ~key  # (5)
-    return torch.stack([key, weak, ~(key | weak)])
+    good = score_t >= HIGH * MIDDLE
+    weak = good & (score_t > score_s)  # (4)
+    return torch.stack([good & ~weak, weak, ~good])  # (5)
 
 
 def tid_losses(student: Tensor, teacher: Tensor, areas: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class TID(nn.Module):
         student_channels, teacher_channels: of the FPN.
         strides: of the levels, in pixels; only their number matters here.
         t_pos, t_neg: as for `position_score`.
-        key_weight, weak_weight, rest_weight: of the areas; ours.
+        key_weight, weak_weight, rest_weight: of the areas; ours, chosen among five on the built-in shapes (RESULTS.md).
 
     Raises:
         ValueError: t_neg is above t_pos.
@@ -144,7 +145,7 @@ class TID(nn.Module):
         t_pos: float | None = None,
         t_neg: float | None = None,
         key_weight: float = 2.0,
-        weak_weight: float = 1.0,
+        weak_weight: float = 2.0,
         rest_weight: float = 0.5,
     ):
         super().__init__()
