@@ -54,7 +54,7 @@ from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.tools.samples import draw_samples
 
 TEACHER_CHECK = 500  # validation images for the teacher's AP before training
-TEACHER_SCHEDULE = 2  # epochs of a teacher on the shapes for each of its student: at equal schedules it is no better
+TEACHER_SCHEDULE = 4  # times the epochs of its student, for a teacher on the shapes: at equal epochs it is no better
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:

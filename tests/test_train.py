@@ -29,7 +29,7 @@ def run(*words: str) -> dict:
 
 
 def test_teacher_student_table(tmp_path, capsys):
-    """Teacher, for twice as long, and plain student are trained first and kept; the table compares all three."""
+    """Teacher, for four times as long, and plain student are trained first and kept; the table compares all three."""
     teacher = ("--teacher", "r18", "--max-iterations", 100)  # more than the epoch of 4 steps
     metrics = run("--method", "frs", *teacher, "--output", tmp_path / "frs")
     printed = capsys.readouterr().out
@@ -41,7 +41,7 @@ def test_teacher_student_table(tmp_path, capsys):
         folder.name: json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in tmp_path.iterdir()
     }
     assert {name: log["iteration"] for name, log in logs.items()} == {
-        **{"frs": 4, "none-fcos-test_resnet": 4, "teacher-fcos-r18": 8}
+        **{"frs": 4, "none-fcos-test_resnet": 4, "teacher-fcos-r18": 16}
     }
     shown = [logs["frs"]["teacher_AP"], logs["none-fcos-test_resnet"]["AP"], metrics["AP"]]
     assert [row.split()[2] for row in table] == [f"{value:.3f}" for value in shown]

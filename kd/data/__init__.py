@@ -15,7 +15,7 @@ from kd.data.folder import CocoFolder
 from kd.data.shapes import Shapes
 from kd.data.transforms import augmentation
 
-SHAPES_TRAIN, SHAPES_VAL = 1600, 200  # pictures of the built-in data set
+SHAPES_TRAIN, SHAPES_VAL = 800, 200  # pictures of the built-in data set
 
 
 def open_dataset(
