@@ -1,6 +1,6 @@
-"""The tables of results are what the runs' logs say, which are kept in an archive."""
+"""The tables of results are what kd/methods/runs.jsonl says: the settings and log of every run, one per line."""
 
-import tarfile
+import re
 from pathlib import Path
 
 import pytest
@@ -8,33 +8,55 @@ import pytest
 from kd.tools.table import COLUMNS, collect, compare, format_table
 
 ROOT = Path(__file__).parents[1]
-SHORT = ("method", "seed: AP", "AP", "gain", "over l2")  # columns of the README's tables
+METHODS = ROOT / "kd" / "methods"
 
 
-@pytest.fixture
-def runs(tmp_path):
-    with tarfile.open(ROOT / ".github" / "runs.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "runs"
+@pytest.fixture(scope="module")
+def runs() -> list[dict]:
+    return collect(METHODS / "runs.jsonl")
+
+
+def under(runs: list[dict], folder: str) -> list[dict]:
+    return [run for run in runs if run["folder"].startswith(folder)]
 
 
 def test_whole_tables(runs):
-    """RESULTS.md has every row of every folder."""
-    text = (ROOT / "kd" / "methods" / "RESULTS.md").read_text()
-    folders = sorted(folder for folder in runs.iterdir())
-    assert [folder.name for folder in folders] == ["ablations", "person", "shapes"]
-    for folder in folders:
-        for line in format_table(compare(collect(folder)), markdown=True).splitlines():
-            assert line in text
+    """RESULTS.md has every row of every folder, under the heading with what the rows share."""
+    text = (METHODS / "RESULTS.md").read_text()
+    shown = re.findall(r"eval\.py kd/methods/runs\.jsonl --under (\S+) --markdown", text)
+    assert shown and all(any(run["folder"].startswith(folder) for folder in shown) for run in runs)
+    for folder in shown:
+        for line in format_table(compare(under(runs, folder)), markdown=True).splitlines():
+            assert line in text, f"{folder}: {line}"
 
 
-def test_short_tables(runs):
-    """Each row of the README's tables of results is one of those, with some columns left out."""
-    columns = [COLUMNS.index(name) for name in SHORT]
-    rows = [[row[column] for column in columns] for row in compare(collect(runs))]
-    lines = (ROOT / "README.md").read_text().splitlines()
-    starts = [i + 2 for i, line in enumerate(lines) if line == f"| {' | '.join(SHORT)} |"]
-    assert len(starts) == 2
-    for start in starts:
-        for line in lines[start : lines.index("", start)]:
-            assert [cell.strip() for cell in line[1:-1].split("|")] in rows, line
+def test_gains_of_the_readme(runs):
+    """The column "gain here" is that of the default setting on FCOS."""
+    rows = [dict(zip(COLUMNS, row)) for row in compare(under(runs, "shapes/"))]
+    rows = {row["method"]: row for row in rows if row["detector"] == "fcos" and row["student"] in ("r18", "r34 -> r18")}
+    text = (ROOT / "README.md").read_text()
+    assert f"over the plain student's {rows['none']['AP']}" in text.replace("\n", " ")
+    for method in ("frs", "pgd", "ssim", "drkd", "tid", "l1", "l2"):
+        (line,) = [line for line in text.splitlines() if re.match(rf"\| \[?{method}\b", line, re.IGNORECASE)]
+        assert f" {rows[method]['gain']} " in line, method
+
+
+def test_first_command(runs):
+    """The README shows what the run of seed 0 printed."""
+    text = (ROOT / "README.md").read_text()
+    args = {"frs": "frs r50", "teacher": "teacher r101", "none": "plain r50"}
+    for run in under(runs, "first/"):
+        if run["args"]["seed"] == 0:
+            name = args[run["folder"].split("/")[1].split("-")[0]]
+            numbers = "   ".join(f"{run['log'][-1][key]:.3f}" for key in ("AP", "AP50", "AP75"))
+            assert re.search(rf"{name} +{numbers}", text), name
+
+
+def test_ratios(runs):
+    """The table of ratios in kd/methods/README.md is that of seed 0 in the default setting."""
+    text = (METHODS / "README.md").read_text()
+    for run in under(runs, "shapes/"):
+        args, ratios = run["args"], run["log"][-1]["ratio_to_detection"]
+        if args["seed"] == 0 and ratios and not args["inherit"] and args["distill_weight"] == 1 and not args["set"]:
+            cell = ", ".join(f"{name.split('_')[2]} {value:.2g}" for name, value in ratios.items())
+            assert re.search(rf"^\| `{args['method']}` \|.*{re.escape(cell)}", text, re.MULTILINE), (args, cell)

@@ -77,6 +77,8 @@ def test_packed(runs, tmp_path):
 def test_no_runs(tmp_path):
     with pytest.raises(ValueError, match="nor a folder of evaluated runs"):
         collect(tmp_path)
+    with pytest.raises(ValueError, match="absent does not exist"):
+        collect(tmp_path / "absent")
 
 
 def test_curves(tmp_path):

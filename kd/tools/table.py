@@ -39,6 +39,8 @@ def collect(path: Path) -> list[dict]:
     Raises:
         ValueError: there are none.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     if path.is_file():
         runs = [json.loads(line) for line in path.read_text().splitlines()]
     else:
