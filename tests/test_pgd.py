@@ -154,11 +154,10 @@ def test_regions_match_reference(reference, case, outside, tower, xi):
     case = {name: torch.tensor(value) for name, value in reference["pgd"]["regions"][case].items()}
     positions, boxes, logits, top_k = (case[name].double() for name in ("positions", "boxes", "cls_logits", "top_k"))
     target = {"boxes": case["gt_boxes"].double(), "labels": case["gt_labels"]}
-    everywhere = {**target, "boxes": target["boxes"]}
     inside = inside_boxes(positions, target["boxes"])
     quality = box_quality(logits.T[None], boxes.T[None], positions, target, xi)
     iou = torch.tensor([[slow_iou(b, box) for b in boxes.tolist()] for box in target["boxes"].tolist()])
-    untested = logits[:, everywhere["labels"]].sigmoid().T ** (1 - xi) * iou.double() ** xi
+    untested = logits[:, target["labels"]].sigmoid().T ** (1 - xi) * iou.double() ** xi
     assert_close(quality, untested * inside, rtol=1e-6, atol=1e-7)
     candidates = torch.zeros_like(untested).scatter(1, untested.topk(int(top_k), dim=1).indices, 1.0)
     regions = torch.stack([key_region(row[None], positions, int(top_k), variance=0.0) for row in candidates])

@@ -105,7 +105,7 @@ def test_copying_a_method(tmp_path):
 def test_loading_a_student(small_world):
     """The example loads the student of the README's first command."""
     (example,) = [block for block in blocks(PAGES[0], "python") if "load_model" in block]
-    words = "--student test_resnet --max-iterations 1 --batch-size 2 --device cpu --amp off".split()
+    words = ["--student", "test_resnet", "--max-iterations", "1", "--batch-size", "2", "--device", "cpu"]
     train.main(train.parse_args([*words, "--output", "runs/frs-fcos-r101-r50"]))
     names = {"image": torch.rand(3, 64, 64)}
     with torch.no_grad():

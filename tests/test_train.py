@@ -2,6 +2,7 @@
 
 import functools
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -162,6 +163,18 @@ def test_a_loss_that_stays_zero_stops_training(tmp_path, monkeypatch, capsys):
         run(*teacher, "--set", "beta=0", "--output", tmp_path / "zero")
     assert "loss_frs_head is zero on the first image" in capsys.readouterr().out
     run(*teacher, "--set", "beta=1e-9", "--output", tmp_path / "tiny")
+
+
+def test_weight_and_warmup_reach_the_distiller(tmp_path, monkeypatch):
+    """FRS has 500 iterations of warm-up, at most a tenth of the run."""
+    run("--output", tmp_path / "teacher")
+    built = Mock(side_effect=ValueError("far enough"))
+    monkeypatch.setattr(train, "Distiller", built)
+    teacher = ("--teacher", "test_resnet", "--teacher-weights", tmp_path / "teacher" / "model.pt")
+    words = ("--epochs", 10, "--max-iterations", 35, "--distill-weight", 0.5, "--output", tmp_path / "frs")
+    with pytest.raises(ValueError, match="far enough"):
+        run("--method", "frs", *teacher, *words)
+    assert built.call_args.kwargs == {"weight": 0.5, "warmup": 3}
 
 
 def test_gradients_are_clipped(tmp_path):

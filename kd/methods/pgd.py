@@ -191,9 +191,8 @@ class PGD(nn.Module):
             qualities = [box_quality(logits[n], boxes[n], positions, target, xi) for xi in self.xi]  # [M, P] each
             keys = [key_region(quality, positions, self.top_k) for quality in qualities]  # [P] each
             images.append(torch.stack([*keys, ~inside_boxes(positions, target["boxes"]).any(dim=0)]))  # [3, P]
-        sizes = [level.shape[-2:] for level in teacher.cls_logits]
-        levels = torch.stack(images, dim=1).split([size.numel() for size in sizes], dim=2)  # [3, N, HW] each
-        return [level.unflatten(2, size) for level, size in zip(levels, sizes)]
+        levels = torch.stack(images, dim=1).split([x[0, 0].numel() for x in teacher.anchors], dim=2)  # [3, N, HW] each
+        return [level.unflatten(2, x.shape[-2:]) for level, x in zip(levels, teacher.anchors)]
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
         """Return the key regions of both towers by name, a list over levels of [N, H, W] in 0..1."""
