@@ -33,7 +33,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def commands(page: Path) -> list[list[str]]:
     """Every Python and torchrun command of a page, in blocks and in the text, but the tests'."""
     lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python [^`]*)`", page.read_text().replace("\n", " "))
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`(python [^`]*)`", prose.replace("\n", " "))
     parts = [part.strip() for line in lines for part in line.split("&&") if "..." not in part]
     found = [shlex.split(part) for part in parts if part.startswith(("python ", "torchrun "))]
     return [words[1:] for words in found if words[1:] != ["-m", "pytest"]]
