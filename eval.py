@@ -1,6 +1,6 @@
 """Evaluate a run, draw where its method looks, or list many runs.
 
-python eval.py runs/frs-fcos-r101-r50    COCO's twelve numbers of the run's model.pt; draws samples.png again
+python eval.py runs/frs-fcos-r101-r50    COCO's twelve numbers of the run's model.pt; draws samples.png
 python eval.py runs/frs-fcos-r101-r50 --explain 139 photo.jpg
                                          explain-139.png and explain-photo.png: the method's maps of two images
 python eval.py runs/                     a table of all runs in a folder
@@ -38,7 +38,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
     add("--curves", metavar="FILE", help="draw AP against epochs of several runs, means over seeds")
     add("--markdown", action="store_true", help="print the table of several runs as Markdown")
-    add("--under", metavar="FOLDER", default="", help="of several runs, those whose folder begins so")
+    add("--under", metavar="FOLDER", default="", help="list only runs whose folder begins with FOLDER")
     add("--pack", metavar="FILE", help="write several runs to a text file, a line each")
     add("--teacher-weights", help="for --explain: file of the teacher, instead of the one trained with")
     add("--val-images", help="folder, instead of the one trained with")

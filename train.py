@@ -70,22 +70,22 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
     add("--distill-weight", type=float, default=1.0, help="multiplies every distillation loss")
     add("--inherit", action="store_true", help="initialise the student's FPN and heads from the teacher")
-    add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help="ImageNet backbone; default: timm's")
+    add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help="ImageNet backbone, timm's or FILE")
     # data
     add("--data", help="folder with train2017/ val2017/ annotations/instances_*2017.json; default: built-in shapes")
     add("--train-images", help="folder, instead of the one in --data")
     add("--train-annotations", help="JSON file, instead of the one in --data")
     add("--val-images", help="folder, instead of the one in --data")
     add("--val-annotations", help="JSON file, instead of the one in --data")
-    add("--image-size", type=int, nargs=2, metavar=("MIN", "MAX"), help="short and long side in pixels")
+    add("--image-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="in pixels; default: 800 1333, shapes 64 64")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
     add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="random short side of training images")
     add("--aspect-ratio-group-factor", type=int, default=3, help="form batches of similar aspect ratio; 0: off")
     # schedule
-    add("--epochs", type=int, help="passes over the training set")
+    add("--epochs", type=int, help="passes over the training set; default: 12, shapes 1")
     add("--max-iterations", type=int, help="stop after this many steps, then evaluate and save")
-    add("--batch-size", type=int, help="images per process")
-    add("--optimizer", choices=("sgd", "adamw"), help="sgd: step decay; adamw: one-cycle")
+    add("--batch-size", type=int, help="images per process; default: 2, shapes 8")
+    add("--optimizer", choices=("sgd", "adamw"), help="sgd, with step decay, or adamw, with one cycle (shapes)")
     add("--lr", type=float, help="learning rate, not scaled further; default: the recipe's")
     add("--clip-grad", type=float, default=35.0, help="maximum norm of the gradient; 0: off")
     add("--eval-interval", type=int, help="epochs between evaluations; the last epoch is always evaluated")
@@ -96,14 +96,14 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="data loading processes")
     add("--seed", type=int, default=0, help="of all random numbers")
     # run
-    add("--output", help="folder of the run; default: runs/METHOD-DETECTOR-TEACHER-STUDENT")
+    add("--output", help="folder of the run; default: named by its settings, in runs/")
     resume = {"nargs": "?", "const": "required", "choices": ("required", "auto")}
     add("--resume", **resume, help="continue the run in --output; auto: start it if it does not exist")
     return parser.parse_args(words)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    """Train what the shapes need for comparison, then the detector asked for; return COCO's twelve numbers."""
+    """Train what the shapes need for comparison, then the requested detector; return COCO's twelve numbers."""
     settle(args)
     output = Path(args.output)
     if is_finished(output):
@@ -180,7 +180,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     student = build_detector(**arguments, pretrained=args.pretrained).to(device, memory_format=torch.channels_last)
     if args.multi_scale:
         low, high = args.multi_scale
-        student.transform.min_size = tuple(range(low, high + 1))
+        student.transform.min_size = (*range(low, high + 1), size[0])  # evaluation takes the last
 
     # distiller
     method, warmup = None, 0
@@ -201,7 +201,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         with autocast():
             zero = check_terms(distiller, images, targets)
         if zero:
-            say(f"{', '.join(zero)} is zero on the first image; it is checked again after the first epoch")
+            say(f"{', '.join(zero)} is zero on the first image, and must not stay so for the first epoch")
     model = DistributedDataParallel(distiller) if world_size() > 1 else distiller
 
     # optimizer

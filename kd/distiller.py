@@ -51,7 +51,7 @@ class Distiller(nn.Module):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the losses of one training step by name; the sum of all of them is to be minimised.
+        """Return the losses of one training step by name; minimise the sum of both dictionaries.
 
         Args:
             images: [3, h, w] each, values in 0..1, of any size.
@@ -75,7 +75,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def run_teacher(self, images: ImageList) -> DetectorOutput:
-        """Return what the method reads of the teacher, for images from the student's transform."""
+        """Return the teacher's outputs that the method needs, for images from the student's transform."""
         output, _ = forward_detector(self.teacher, self._as_teacher_input(images), needs=self.method.needs)
         return output
 
@@ -96,7 +96,7 @@ def check_terms(distiller: Distiller, images: list[Tensor], targets: list[dict[s
     """Check on images with boxes that every distillation loss sends a gradient to the student.
 
     Runs in eval mode, so neither batch norm statistics nor the warm-up change. A single term may be zero for a reason,
-    for example where no position is weak: check it again by `check_not_zero` after some training.
+    for example TID's weak area may be empty: check it again by `check_not_zero` after some training.
 
     Args:
         distiller: with a method.

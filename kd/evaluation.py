@@ -1,4 +1,4 @@
-"""COCO's metrics, and pictures of detections next to the ground truth.
+"""COCO's metrics of a detector on a data set.
 
 Scored by faster-coco-eval where it is installed, which returns the same numbers ten times as fast, else by pycocotools.
 """
@@ -76,7 +76,7 @@ def detect(detector: nn.Module, loader: DataLoader, device: torch.device) -> Det
 
 
 def coco_metrics(detections: Detections, coco: dict, categories: dict[int, dict]) -> dict[str, float]:
-    """Return COCO's twelve numbers, each in 0..1, or -1 where there is no ground truth of that size.
+    """Return COCO's twelve numbers, in 0..1, or -1 without ground truth of that size; all 0 without detections.
 
     Args:
         detections: only these images count, including those without detections.

@@ -2,7 +2,7 @@
 
 torchvision's forward returns losses or detections and discards everything else. `forward_detector` takes the same steps
 in the same order with torchvision's own modules, and also returns the intermediate results as a DetectorOutput. Given
-targets, its losses equal those of `detector(images, targets)` to the last bit.
+targets, its losses equal those of `detector(images, targets)` to the last bit in float32.
 
 Under autocast, head outputs are converted to float32. torchvision's box coders round anchors to the dtype of the
 predictions: in bfloat16, coordinates near pixel 1000 are multiples of 4. The RPN rounds the ground truth as well, so a
@@ -80,8 +80,8 @@ def forward_detector(
     Args:
         detector: as `kd.detectors.build_detector` returns it.
         images: output of `detector.transform`: normalised, padded [N, 3, h, w] and the sizes before padding.
-        targets: transformed targets, boxes [M, 4] in xyxy pixels of `images` and labels [M]. With targets (a student)
-            the whole detector runs. Without (a teacher) only what `needs` requires is computed.
+        targets: transformed targets, boxes [M, 4] in xyxy pixels of `images` and labels [M]. With targets the
+            whole detector runs; without, only what `needs` requires.
         needs: names of the DetectorOutput attributes to keep.
 
     Returns:

@@ -177,6 +177,26 @@ def test_weight_and_warmup_reach_the_distiller(tmp_path, monkeypatch):
     assert built.call_args.kwargs == {"weight": 0.5, "warmup": 3}
 
 
+def test_a_plain_student_of_another_schedule_is_not_shown(tmp_path, capsys):
+    plain = tmp_path / "none-fcos-test_resnet"
+    run("--output", plain, "--max-iterations", 2)
+    assert "plain test_resnet" in capsys.readouterr().out
+    teacher = ("--teacher", "test_resnet", "--teacher-weights", plain / "model.pt")
+    run("--method", "l2", *teacher, "--output", tmp_path / "l2")
+    assert "plain test_resnet" not in capsys.readouterr().out
+
+
+def test_multi_scale(tmp_path, monkeypatch):
+    """Training draws the short side from a range; evaluation, here and by eval.py, is at --image-size."""
+    evaluated = Mock(side_effect=ValueError("far enough"))
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    with pytest.raises(ValueError, match="far enough"):
+        run("--multi-scale", 48, 96, "--max-iterations", 1, "--output", tmp_path / "x")
+    transform = evaluated.call_args.args[0].eval().transform
+    assert set(range(48, 97)) <= set(transform.min_size)
+    assert transform([torch.rand(3, 32, 32)])[0].image_sizes == [(64, 64)]
+
+
 def test_gradients_are_clipped(tmp_path):
     """With a tiny maximum norm, one step of SGD moves the parameters by no more than the learning rate times it."""
     words = ("--max-iterations", 1, "--optimizer", "sgd", "--lr", 500, "--clip-grad", 1e-3, "--output", tmp_path / "x")

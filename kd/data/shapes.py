@@ -40,7 +40,7 @@ def sketch(rng: np.random.Generator, image_size: int) -> list[tuple[int, np.ndar
     """Place the objects of one picture, back to front: a list of (label 1..4, corners [P, 2] in xy pixels)."""
     objects, boxes = [], []
     for _ in range(rng.integers(1, 5)):
-        for _ in range(20):  # attempts to hide no other object by more than a third
+        for _ in range(20):  # attempts, until no object hides more than a third of another
             label = int(rng.integers(1, len(CLASSES) + 1))
             size = math.exp(rng.uniform(math.log(image_size * 0.3), math.log(image_size * 0.7)))
             corners = outline(CLASSES[label - 1], size, rng.uniform(-0.3, 0.3))

@@ -179,7 +179,7 @@ def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
         backbone: its name.
 
     Returns:
-        The body, with frozen batch norm in place of the trainable one.
+        The body with frozen batch norm.
     """
     body = freeze_batch_norm_2d(body)
     with torch.device("meta"):

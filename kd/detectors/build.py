@@ -55,7 +55,7 @@ def build_detector(
             RetinaNet and Faster R-CNN are half of torchvision's, from 16 pixels, and Faster R-CNN uses fewer proposals
             (SMALL_PROPOSALS).
         pretrained: True loads ImageNet weights from timm's model hub, a path loads them from a timm state_dict.
-        from_scratch: whether normalisation is trained, see above; default: true without pretrained weights. Give it
+        from_scratch: whether normalisation is trained, see above; default: true without pretrained weights. Needed
             when a saved detector is built again.
 
     Raises:

@@ -8,12 +8,12 @@ each other, so that small ones profit from large ones. A third term imitates the
     pixel_unit(x) = x + norm(W_5 Z B)        B = W_1 x    V = (W_2 x) B^T    Z = W_4 relu(V + V W_3)                (1)
     instance_unit(s) = s + W_7 P (W_6 s)     P = softmax over rows of (theta(s) phi(s)^T * filter(s))               (2)
     pixel    = pixel_weight    * sum_l       || adapter(pixel_unit_student(x_l)) - pixel_unit_teacher(y_l) ||       (3)
-    relation = relation_weight * sum_{l<2,n} || adapter(instance_unit_student(s)) - instance_unit_teacher(t) ||     (4)
-    instance = instance_weight * sum_{l<2,n} || adapter(s) - t ||                                                   (5)
+    relation = relation_weight * sum_{l,n}   || adapter(instance_unit_student(s)) - instance_unit_teacher(t) ||     (4)
+    instance = instance_weight * sum_{l,n}   || adapter(s) - t ||                                                   (5)
 
 Where:
-    x_l, y_l are FPN features of student and teacher on level l, [C, HW]; s, t are the objects of image n pooled from
-    them, [n, 9C], on the two finest levels.
+    x_l, y_l are FPN features of student and teacher on level l, [C, HW]; s, t are the M objects of image n pooled
+    from them, [M, 9C]. (3) sums over all levels, (4) and (5) over the two finest.
     || . || is the root of a sum of squares, neither squared nor averaged, over the images of this process: (3) grows
     with the root of their number, (4) and (5) with their number and with the root of the objects in each.
     Units (the teacher's too) and adapters (1x1 convolutions) are trained with the student and dropped afterwards. Only
@@ -22,14 +22,14 @@ Where:
 Reference code: https://github.com/nizhenliang/Dual-Relation-Knowledge-Distillation at 78ea05b (two_stage.py, GloRe.py).
 1. The paper has a mean of squares in (3) and compares the matrices P in (4). The published weights belong to the code,
    which this file follows. A third-party reading also averages squares in (5) and has no relu in (1).
-2. The code pools all boxes from the first image, and creates the layer of the filter anew at every step, so it is never
+2. The code pools all boxes from the first image, and re-creates the layer of the filter at every step, so it is never
    trained. Here its 64 outputs belong to the objects by decreasing area, as in lines that the code has commented out.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torchvision.ops import roi_align
+from torchvision.ops import box_area, roi_align
 
 # pixel_weight, relation_weight, instance_weight: reference code, for dense detectors partly in commented-out lines.
 WEIGHTS = {"retinanet": (4e-3, 5e-3, 6e-3), "fcos": (4e-3, 5e-3, 6e-3), "faster_rcnn": (1e-3, 4e-3, 2.4e-3)}
@@ -39,7 +39,7 @@ MAX_RELATED = 64  # objects of an image: our reading
 
 def largest_first(boxes: Tensor) -> Tensor:
     """Return boxes [M, 4], xyxy, by decreasing area; equal areas keep their order."""
-    return boxes[(boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(descending=True, stable=True)]
+    return boxes[box_area(boxes).argsort(descending=True, stable=True)]
 
 
 def pool_instances(features: Tensor, boxes: list[Tensor], stride: int) -> list[Tensor]:

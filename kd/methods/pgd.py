@@ -1,12 +1,12 @@
 """PGD: "Prediction-Guided Distillation for Dense Object Detection", ECCV 2022, https://arxiv.org/abs/2203.05469.
 
 The final detection of an object comes from few positions of a dense detector, which a mask drawn from the annotation
-cannot know. PGD asks the teacher: it scores every position by the teacher's prediction for the object, keeps the K best
-of all levels and fits a Gaussian to them. Such key regions weight the imitation of the first block of the
-classification tower and, with another xi, of the regression tower.
+cannot know. PGD asks the teacher: it scores every position by the teacher's prediction for the object, keeps the top_k
+best of all levels and fits a Gaussian to them. Such key regions weight the imitation of the first block of the
+classification tower and, with another exponent xi, of the regression tower.
 
     quality(X, b) = [X inside b] * score(X, b)^(1 - xi) * IoU(X, b)^xi                                              (1)
-    region(X) = max_b exp(-1/2 (X - mu_b)^T Sigma_b^-1 (X - mu_b))   where X is among the K best of b, else 0       (2)
+    region(X) = max_b exp(-1/2 (X - mu_b)^T Sigma_b^-1 (X - mu_b))   where X is among the best of b, else 0         (2)
     spatial(f) = HW * softmax_p(mean_c |f| / T)        channel(f) = C * softmax_c(|f| / T)                          (3)
     cls = sum_l mean_n [ lambda_l sum_p (alpha region / #region + beta background / #background) * spatial(t) sum_c D
                          + delta (mean_p sum_c |channel(s) - channel(t)| + sum_p |spatial(s) - spatial(t)|) ]       (4)
@@ -16,14 +16,14 @@ Where:
     s, t are features of student and teacher in a tower's first block on level l, and D = channel(t) * (s - t)^2.
     score(X, b) is the teacher's probability at position X for the class of ground-truth box b, IoU(X, b) the overlap of
     its predicted box with b. With several anchors the best quality counts (our reading).
-    mu_b and Sigma_b are mean and covariance of the K positions in pixels. background is 1 inside no box.
+    mu_b and Sigma_b are mean and covariance of the top_k best positions of b, in pixels. background is 1 inside no box.
     #region and #background count positions that are not 0, per image and level. (4) averages over images, (5) over the
     key positions (region > 0) of all images of this process.
 
 Reference code: https://github.com/ChenhongyiYang/PGD at 81c54d5 (losses/pgd_{cls,reg}.py, pgd_heads/). Not taken over:
 broadcasting applies each mask of (4) to every image, so cls is about N times too large, and alpha was tuned that way at
-N = 4 (alpha=0.16 comes near it here); anchor-free heads swap x and y in the test for X inside b, and all heads test it
-after choosing the K best. The authors initialise the student's neck and heads from the teacher (train.py --inherit).
+N = 4 (alpha=0.16 comes near it here); anchor-free heads swap x and y in the test for X inside b (with that, 0.1 does),
+and all heads test it after choosing. The authors initialise the student's neck and heads from the teacher (--inherit).
 """
 
 import torch
@@ -121,7 +121,7 @@ class PGD(nn.Module):
         strides: not used; positions come from the anchors.
         alpha, beta: weights of key regions and background in the classification tower; reference: beta = 0.5 * alpha.
         gamma, delta: weights of key regions in the regression tower (reference: 1.6 * alpha) and of the attentions.
-        temperature, top_k, level_weights, xi: T, K, lambda_l, and xi of the classification and the regression tower.
+        temperature, level_weights, xi: T, lambda_l, and xi of the classification and the regression tower.
 
     Example::
 

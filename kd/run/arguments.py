@@ -27,7 +27,7 @@ def settle(args: argparse.Namespace) -> None:
     """Fill in missing arguments, and check all of them.
 
     Raises:
-        ValueError: an argument is invalid; the message says what is possible.
+        ValueError: an argument is invalid; the message says what is valid.
     """
     recipe = COCO_RECIPE if args.data or args.train_annotations else SHAPES_RECIPE
     for name, value in recipe.items():
@@ -47,7 +47,10 @@ def settle(args: argparse.Namespace) -> None:
     if 0 < len(missing) < 4:
         raise ValueError(f"without --data, all four paths are needed: {', '.join(missing)} missing")
     if args.amp is None:
-        has_bf16 = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        if torch.device(args.device).type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         args.amp = "bf16" if has_bf16 else "off"
     if args.output is None:
         args.output = str(Path("runs", run_name(args, args.method, args.student)))

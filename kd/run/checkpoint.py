@@ -81,7 +81,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
     """
     content = load(path)
     if not isinstance(content, dict) or not {"model", "arguments", "categories"} <= content.keys():
-        raise ValueError(f"{path} does not contain a detector written by train.py (model, arguments, categories)")
+        raise ValueError(f"{path} was not written by train.py: it lacks model, arguments or categories")
     detector = build_detector(**content["arguments"])
     load_strictly(detector, content["model"], path)
     return detector.eval(), content

@@ -27,7 +27,7 @@ from kd.run.distributed import rank, say, world_size
 # Arguments that may differ when a run is continued: they change where and when, not what is computed. Files are
 # compared by hash.
 FREE = {
-    *("device", "workers", "output", "resume", "teacher_weights", "pretrained"),
+    *("device", "workers", "output", "resume", "teacher_weights", "pretrained", "not_inherited"),
     *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
 }
 
@@ -101,15 +101,19 @@ def describe(args: argparse.Namespace) -> dict:
     return {**vars(args), "processes": world_size(), "sha256": hashes, "versions": versions}
 
 
-def check_same_run(folder: Path, description: dict) -> None:
-    """Raise ValueError if a run was started with other arguments, number of processes or files; name all of them."""
+def changes_since(folder: Path, description: dict) -> list[str]:
+    """Return in which arguments, number of processes or files a run differs from a description by `describe`."""
     before = json.loads((folder / "args.json").read_text())
-    names = sorted((before.keys() | description.keys()) - FREE - {"versions"})
-    changes = [
+    return [
         f"{name} was {before.get(name)}, is {description.get(name)}"
-        for name in names
+        for name in sorted((before.keys() | description.keys()) - FREE - {"versions"})
         if before.get(name) != description.get(name)
     ]
+
+
+def check_same_run(folder: Path, description: dict) -> None:
+    """Raise ValueError if a run was started with other arguments, number of processes or files; name all of them."""
+    changes = changes_since(folder, description)
     if changes:
         raise ValueError(
             f"{folder} was started differently: {'; '.join(changes)}. Use the same settings or another --output, or "

@@ -113,7 +113,7 @@ class Progress:
         )
 
     def batches(self, loader: DataLoader) -> Iterator[tuple[list, list]]:
-        """Yield the batches of a loader; save a checkpoint at the end, and before it when the last one is old.
+        """Yield the batches of a loader; save a checkpoint every CHECKPOINT_MINUTES and at the end.
 
         Seeds the random numbers of each step. After a signal, the process ends when the step is finished.
         """

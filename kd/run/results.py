@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from kd.run.folder import read_evaluations, run_name
+from kd.run.arguments import plain_arguments
+from kd.run.folder import changes_since, describe, read_evaluations
 
 
 def result(name: str, metrics: dict[str, float], detector: nn.Module) -> dict:
@@ -14,15 +15,16 @@ def result(name: str, metrics: dict[str, float], detector: nn.Module) -> dict:
 
 
 def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -> None:
-    """Print a table of the teacher (if any), the plain student (if that run exists), and the student.
+    """Print a table of the teacher (if any), the plain student (if it was trained likewise), and the student.
 
     Args:
         args: of the run.
         rows: from `result`, of the teacher (if any) and the student.
         iterations: of the run.
     """
-    plain = read_evaluations(Path(args.output).parent / run_name(args, "none", args.student))
-    if plain and args.method != "none":
+    likewise = plain_arguments(args, "none", args.student, args.epochs)
+    plain = read_evaluations(Path(likewise.output))
+    if plain and args.method != "none" and not changes_since(Path(likewise.output), describe(likewise)):
         name, parameters = f"plain {args.student}", rows[-1]["parameters"]
         rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
     width = max(len(row["name"]) for row in rows)

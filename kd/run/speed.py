@@ -1,4 +1,4 @@
-"""Optimisations that do not change the result."""
+"""Optimisations that change results by no more than rounding."""
 
 import copy
 import ctypes

@@ -121,7 +121,7 @@ def colorize(values: Tensor, top: float) -> Tensor:
 def positions(stride: int, input_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
     """Return row and column, in positions of a level, of each pixel row and column of a picture of `size`.
 
-    Position (i, j) is at y = i * stride, x = j * stride of the network's input, as torchvision's anchors are.
+    Position (i, j) is drawn at y = i * stride, x = j * stride of the network's input.
     """
     return [(torch.arange(pixels) + 0.5) * (extent / pixels / stride) for pixels, extent in zip(size, input_size)]
 
