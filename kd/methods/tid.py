@@ -117,7 +117,7 @@ class TID(nn.Module):
         student_channels, teacher_channels: of the FPN.
         strides: of the levels, in pixels; only their number matters here.
         t_pos, t_neg: as for `position_score`.
-        key_weight, weak_weight, rest_weight: of the areas; ours, chosen among five on the built-in shapes (RESULTS.md).
+        key_weight, weak_weight, rest_weight: of the areas; ours. RESULTS.md compares four choices.
 
     Raises:
         ValueError: t_neg is above t_pos.
