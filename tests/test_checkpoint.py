@@ -71,7 +71,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="(?s)model.pt do not fit the FCOS: .*Unexpected key"):
         load_model(tmp_path / "model.pt")
     save({"other": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt does not contain a detector"):
+    with pytest.raises(ValueError, match="other.pt was not written by train.py"):
         load_model(tmp_path / "other.pt")
 
 

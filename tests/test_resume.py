@@ -96,7 +96,8 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_killed_and_resumed(start, tmp_path):
     """Killed three times at random moments, in the middle of a save among them: a checkpoint is written every step."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = [*DISTIL, "--workers", 1]
+    run("--output", tmp_path / "teacher", "--epochs", 1)
+    words = [*DISTIL, "--teacher-weights", tmp_path / "teacher" / "model.pt", "--workers", 1]
     run(*words, "--output", whole)
     generator = random.Random(0)
     for _ in range(3):
@@ -173,8 +174,9 @@ def interrupted(tmp_path_factory):
         patch.setattr(kd.data, "SHAPES_VAL", 4)
         patch.setattr(kd.run.progress, "CHECKPOINT_MINUTES", 0)
         patch.setattr(kd.run.progress, "save", save_some)
+        run("--output", folder / "teacher", "--epochs", 1)
         with pytest.raises(KeyboardInterrupt):
-            run(*DISTIL, "--output", folder / "run")
+            run(*DISTIL, "--teacher-weights", folder / "teacher" / "model.pt", "--output", folder / "run")
     return folder
 
 
@@ -190,7 +192,7 @@ def test_what_must_not_change(stopped):
         run(*DISTIL, "--output", stopped, "--resume", "--lr", 0.1, "--seed", 1)
     with pytest.raises(ValueError, match="holds a run: continue it with --resume, choose another --output"):
         run(*DISTIL, "--output", stopped)
-    teacher = stopped.parent / "teacher-fcos-test_resnet" / "model.pt"
+    teacher = stopped.parent / "teacher" / "model.pt"
     moved = teacher.rename(stopped.parent / "moved.pt")
     content = torch.load(moved, weights_only=True)
     content["model"]["head.regression_head.bbox_reg.bias"] += 1
