@@ -1,29 +1,18 @@
-r"""Train a detector, either plain or distilled from a teacher.
+"""Train a detector, either plain or distilled from a teacher.
 
 On a laptop, with the built-in shapes; a teacher and a plain student are trained first:
 
     python train.py --method frs --teacher r101 --student r50
 
-On one GPU with COCO-format data, first a teacher (or baseline), then a student:
-
-    python train.py --method none --student r101 --pretrained --data /path/to/coco
-    python train.py --method frs --teacher r101 --student r50 --pretrained --data /path/to/coco \
-        --teacher-weights runs/none-fcos-r101-coco/model.pt
-
-On eight GPUs, and on two machines of eight:
-
-    torchrun --nproc-per-node 8 train.py ...
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
-
-Recipe for COCO-format data: SGD with momentum 0.9, weight decay 1e-4, and learning rate 0.01 (Faster R-CNN 0.02) per 16
-images, scaled linearly with the images of all processes; 500 iterations of warm-up; 12 epochs, with the learning rate
-divided by 10 after 2/3 and 11/12 of them. Recipe for the shapes: from scratch with AdamW and a one-cycle schedule.
+`python train.py --help` lists the options, shows how to train on COCO-format data and on several GPUs, and states the
+recipes. They are defined in kd/run/options.py.
 """
 
 import argparse
 import math
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,15 +21,24 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.data import check_same_classes, open_dataset
-from kd.detectors import DETECTORS, build_detector, check_pair, inherit
-from kd.distiller import Distiller, check_not_zero, check_terms
+from kd.detectors import build_detector, check_pair, inherit
+from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.evaluation import evaluate
-from kd.methods import METHODS, build_method
+from kd.methods import build_method
 from kd.run.arguments import plain_arguments, settle
-from kd.run.checkpoint import load_teacher, save_model
-from kd.run.distributed import barrier, init_distributed, rank, say, share_buffers, world_size
+from kd.run.checkpoint import is_from_scratch, load_teacher, save_model, start_from
+from kd.run.distributed import (
+    barrier,
+    init_distributed,
+    mean_over_processes,
+    rank,
+    say,
+    share_buffers,
+    world_size,
+)
 from kd.run.folder import (
     append_log,
+    best_evaluation,
     check_same_run,
     describe,
     is_finished,
@@ -48,58 +46,16 @@ from kd.run.folder import (
     read_evaluations,
     started_with,
 )
+from kd.run.options import parse_args
 from kd.run.progress import Progress
-from kd.run.results import print_results, result
+from kd.run.results import format_ratios, print_results, result
 from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.tools.samples import draw_samples
 
+RATIO_BATCHES = 10  # of each process, to compare the losses before training
+AUTO_RATIO = 0.3  # of each distillation loss to the detection loss before training, with --distill-weight auto
 TEACHER_CHECK = 500  # validation images for the teacher's AP before training
 TEACHER_SCHEDULE = 4  # times the epochs of its student, for a teacher on the shapes: at equal epochs it is no better
-
-
-def parse_args(words: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, or a list of its words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    # model
-    add("--method", default="none", help=f"none, {', '.join(METHODS)}")
-    add("--detector", default="fcos", help=", ".join(DETECTORS))
-    add("--student", default="r50", help="backbone: r18 r34 r50 r101 r152 or any timm model with feature maps")
-    add("--teacher", help="backbone of the teacher")
-    add("--teacher-weights", help="model.pt of a teacher's run, or a COCO_V1 state_dict of torchvision")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
-    add("--distill-weight", type=float, default=1.0, help="multiplies every distillation loss")
-    add("--inherit", action="store_true", help="initialise the student's FPN and heads from the teacher")
-    add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help="ImageNet backbone, timm's or FILE")
-    # data
-    add("--data", help="folder with train2017/ val2017/ annotations/instances_*2017.json; default: built-in shapes")
-    add("--train-images", help="folder, instead of the one in --data")
-    add("--train-annotations", help="JSON file, instead of the one in --data")
-    add("--val-images", help="folder, instead of the one in --data")
-    add("--val-annotations", help="JSON file, instead of the one in --data")
-    add("--image-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="in pixels; default: 800 1333, shapes 64 64")
-    add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
-    add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="random short side of training images")
-    add("--aspect-ratio-group-factor", type=int, default=3, help="form batches of similar aspect ratio; 0: off")
-    # schedule
-    add("--epochs", type=int, help="passes over the training set; default: 12, shapes 1")
-    add("--max-iterations", type=int, help="stop after this many steps, then evaluate and save")
-    add("--batch-size", type=int, help="images per process; default: 2, shapes 8")
-    add("--optimizer", choices=("sgd", "adamw"), help="sgd, with step decay, or adamw, with one cycle (shapes)")
-    add("--lr", type=float, help="learning rate, not scaled further; default: the recipe's")
-    add("--clip-grad", type=float, default=35.0, help="maximum norm of the gradient; 0: off")
-    add("--eval-interval", type=int, help="epochs between evaluations; the last epoch is always evaluated")
-    add("--sync-bn", action="store_true", help="batch norm over the images of all GPUs, for training from scratch")
-    # machine
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", choices=AMP, help="autocast; default: bf16 where the hardware has it")
-    add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="data loading processes")
-    add("--seed", type=int, default=0, help="of all random numbers")
-    # run
-    add("--output", help="folder of the run; default: named by its settings, in runs/")
-    resume = {"nargs": "?", "const": "required", "choices": ("required", "auto")}
-    add("--resume", **resume, help="continue the run in --output; auto: start it if it does not exist")
-    return parser.parse_args(words)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -127,6 +83,7 @@ def train_companions(args: argparse.Namespace) -> str:
             f"COCO_V1 checkpoint of torchvision's {args.detector}"
         )
     teacher = plain_arguments(args, "teacher", args.teacher, TEACHER_SCHEDULE * args.epochs)
+    teacher.student_weights = None
     for companion in (teacher, plain_arguments(args, "none", args.student, args.epochs)):
         folder = Path(companion.output)
         if is_finished(folder):
@@ -150,9 +107,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     val_set = open_dataset(args.val_images, args.val_annotations, size, False, args.seed, skip)
     check_same_classes(train_set, val_set)
     say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
-    steps_per_epoch = len(train_set) // (args.batch_size * world_size())
+    images_per_step = args.batch_size * args.accumulate * world_size()
+    steps_per_epoch = len(train_set) // images_per_step
     if steps_per_epoch == 0:
-        raise ValueError(f"{len(train_set)} training images are fewer than one batch of {args.batch_size} per process")
+        raise ValueError(f"{len(train_set)} training images are fewer than the {images_per_step} of one step")
     iterations = min(args.epochs * steps_per_epoch, args.max_iterations or sys.maxsize)
     score = partial(evaluate, dataset=val_set, device=device, batch_size=args.batch_size, workers=args.workers)
 
@@ -175,9 +133,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         "backbone": args.student,
         "num_classes": train_set.num_classes,
         "image_size": size,
-        "from_scratch": not args.pretrained,
+        "from_scratch": is_from_scratch(args.student_weights) if args.student_weights else not args.pretrained,
     }
-    student = build_detector(**arguments, pretrained=args.pretrained).to(device, memory_format=torch.channels_last)
+    student = build_detector(**arguments, pretrained=args.pretrained)
+    if args.student_weights:
+        left = start_from(student, args.student_weights)
+        say(f"started from {args.student_weights}, except: {', '.join(left) or 'nothing'}")
+    student = student.to(device, memory_format=torch.channels_last)
     if args.multi_scale:
         low, high = args.multi_scale
         student.transform.min_size = (*range(low, high + 1), size[0])  # evaluation takes the last
@@ -187,14 +149,14 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if teacher:
         channels = student.backbone.out_channels, teacher.backbone.out_channels
         method = build_method(args.method, args.detector, *channels, student.backbone.strides, args.set)
-        warmup = min(method.warmup, iterations // 10)
+        warmup = min(method.warmup, iterations // 10) * args.accumulate
         check_pair(student, teacher, method.needs)
     if args.inherit:
         args.not_inherited = inherit(student, teacher)  # recorded in args.json
         say(f"inherited FPN and heads of the teacher, except: {', '.join(args.not_inherited) or 'nothing'}")
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
-    distiller = Distiller(student, teacher, method, weight=args.distill_weight, warmup=warmup).to(device)
+    distiller = Distiller(student, teacher, method, warmup=warmup).to(device)
     if method:
         image, target = next(sample for sample in train_set if len(sample[1]["labels"]))
         images, targets = to_device([image], [target], device)
@@ -206,21 +168,33 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     # optimizer
     parameters = [p for p in distiller.parameters() if p.requires_grad]
-    optimizer, schedule = make_optimizer(args, parameters, iterations)
+    optimizer, schedule, plan = make_optimizer(args, parameters, iterations, images_per_step)
+    say(f"{iterations} steps of {images_per_step} images: {plan}")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # epochs
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    several = args.eval_interval and args.eval_interval < args.epochs
     run = {"steps_per_epoch": steps_per_epoch, "iterations": iterations, "seed": args.seed}
     progress = Progress(output, parts, **run, title=f"{args.method} {args.student}")
+    distiller.weights = args.term_weights = started_with(output).get("term_weights", {})  # recorded in args.json
+    if method and not distiller.weights:
+        loader = progress.loader(train_set, args.batch_size, 0, args.aspect_ratio_group_factor)
+        batches = (to_device(*batch, device) for batch in islice(loader, RATIO_BATCHES))
+        with autocast():
+            ratios = mean_over_processes(measure_ratios(distiller, batches))
+        distiller.weights = args.term_weights = term_weights(args.distill_weight, ratios)
+        say(format_ratios({name: distiller.weights[name] * ratio for name, ratio in ratios.items()}, "before training"))
     if open_folder(output, args):
         progress.resume()
     for epoch in range(progress.epoch, progress.epochs):
-        loader = progress.loader(train_set, args.batch_size, args.workers, args.aspect_ratio_group_factor)
-        train_one_epoch(
-            model, loader, optimizer, schedule, scaler, progress, autocast, args.clip_grad or math.inf, device
+        loader = progress.loader(
+            train_set, args.batch_size * args.accumulate, args.workers, args.aspect_ratio_group_factor
         )
+        train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autocast, args, device)
         line = progress.summary()
+        if method:
+            say(format_ratios(line["ratio_to_detection"], f"epoch {epoch + 1}"))
         if epoch == 0:
             check_not_zero({name: line["losses"][name] for name in progress.terms}, steps=progress.step)
         if epoch + 1 == progress.epochs or (args.eval_interval and (epoch + 1) % args.eval_interval == 0):
@@ -230,6 +204,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
             if rank() == 0:
                 draw_samples(val_set, {**shown, f"student {args.student}": detections}).save(output / "samples.png")
+                if several and metrics["AP"] > best_evaluation(output).get("AP", -math.inf):
+                    save_model(student, arguments, val_set.categories, output / "best.pt")
         if rank() == 0:
             append_log(output, line)
         progress.next_epoch()
@@ -244,7 +220,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
-def train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autocast, clip_grad, device) -> None:
+def train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autocast, args, device) -> None:
     """Train on the batches that the epoch has left.
 
     images, targets -> Distiller -> {"classification": ..., ...}, {"loss_frs_fpn": ..., ...} -> sum -> backward
@@ -252,14 +228,17 @@ def train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autoca
     model.train()
     for images, targets in progress.batches(loader):
         images, targets = to_device(images, targets, device)
-        with autocast():
-            detection, distillation = model(images, targets)
-        loss = sum([*detection.values(), *distillation.values()])
+        for start in range(0, len(images), args.batch_size):  # once, unless --accumulate is given
+            part = slice(start, start + args.batch_size)
+            with autocast():
+                detection, distillation = model(images[part], targets[part])
+            loss = sum([*detection.values(), *distillation.values()])
+            scaler.scale(loss / args.accumulate).backward()
+            progress.add(detection, distillation)
 
-        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        progress.record(detection, distillation, norm)  # raises if a loss or the gradient is not finite
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+        progress.check(norm)  # raises if a loss or the gradient is not finite
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()  # here, so that the next forward can use the memory
@@ -272,22 +251,37 @@ def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -
     return images, [{k: target[k].to(device, non_blocking=True) for k in ("boxes", "labels")} for target in targets]
 
 
-def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int):
-    """Return the optimizer and its learning-rate schedule, which is stepped every iteration."""
+def term_weights(weight: float | str, ratios: dict[str, float]) -> dict[str, float]:
+    """Return the factor of each distillation loss: the same number, or, for "auto", what brings it to a ratio.
+
+    Args:
+        weight: a number, "auto" or "auto:RATIO".
+        ratios: of each loss to the detection losses, before training. One that is zero is left alone.
+    """
+    if isinstance(weight, float):
+        return dict.fromkeys(ratios, weight)
+    wanted = float(weight.removeprefix("auto").removeprefix(":") or AUTO_RATIO)
+    return {name: wanted / ratio if ratio else 1.0 for name, ratio in ratios.items()}
+
+
+def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int, images_per_step: int):
+    """Return the optimizer, its learning-rate schedule, which is stepped every iteration, and both in words."""
     if args.optimizer == "adamw":
-        lr = args.lr or 1e-3
+        lr, rise = args.lr or 1e-3, 0.15
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.05, fused=True)
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.15)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=rise)
+        return optimizer, schedule, f"AdamW, one cycle with learning rate {lr:g} after {rise * iterations:.0f} steps"
 
     base = 0.02 if args.detector == "faster_rcnn" else 0.01
-    lr = args.lr or base * args.batch_size * world_size() / 16
+    lr = args.lr or base * images_per_step / 16
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4, fused=True)
+    warmup, drops = min(500, iterations // 10), [math.ceil(part * iterations) for part in (2 / 3, 11 / 12)]
 
     def factor(iteration: int) -> float:
-        drops = sum(iteration >= part * iterations for part in (2 / 3, 11 / 12))
-        return min(1.0, (iteration + 1) / 500) * 0.1**drops
+        return min(1.0, (iteration + 1) / max(warmup, 1)) * 0.1 ** sum(iteration >= drop for drop in drops)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    plan = f"SGD, {warmup} steps of warm-up, learning rate {lr:g}, divided by 10 after {drops[0]} and {drops[1]} steps"
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), plan
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Student, frozen teacher and method as one module whose forward returns the losses of a training step."""
 
+import copy
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -20,8 +24,10 @@ class Distiller(nn.Module):
         teacher: a trained detector that `kd.detectors.check_pair` accepts; None for plain training.
         method: called as method(student_output, teacher_output, targets), returns weighted scalar losses by name. Its
             `needs` lists the DetectorOutput attributes it reads. None for plain training.
-        weight: multiplies every distillation loss.
         warmup: training steps over which the distillation losses grow linearly to their full weight.
+
+    Attributes:
+        weights: factors of distillation losses by name; 1 for those that are not named.
     """
 
     def __init__(
@@ -30,7 +36,6 @@ class Distiller(nn.Module):
         teacher: nn.Module | None = None,
         method: nn.Module | None = None,
         *,
-        weight: float = 1.0,
         warmup: int = 0,
     ):
         super().__init__()
@@ -38,7 +43,7 @@ class Distiller(nn.Module):
             raise ValueError("give both a teacher and a method, or neither")
         self.student = student
         self.method = method
-        self.weight, self.warmup = weight, warmup
+        self.weights, self.warmup = {}, warmup
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))  # a resumed run continues its warm-up
         # Inside a tuple, the teacher is not registered as a submodule.
         self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
@@ -68,10 +73,10 @@ class Distiller(nn.Module):
         teacher_output = self.run_teacher(images)  # first, while the student holds no activations yet
         student_output, detection = forward_detector(self.student, images, targets, self.method.needs)
         distillation = self.method(student_output, teacher_output, targets)
-        factor = self.weight * ((self.iteration + 1) / self.warmup).clamp(max=1) if self.warmup else self.weight
+        growth = ((self.iteration + 1) / self.warmup).clamp(max=1) if self.warmup else 1
         if self.training:
             self.iteration += 1
-        return detection, {name: factor * loss for name, loss in distillation.items()}
+        return detection, {name: growth * self.weights.get(name, 1) * loss for name, loss in distillation.items()}
 
     @torch.no_grad()
     def run_teacher(self, images: ImageList) -> DetectorOutput:
@@ -129,6 +134,29 @@ def check_terms(distiller: Distiller, images: list[Tensor], targets: list[dict[s
         if not any(g is not None and (g != 0).any() for g in gradients):
             raise RuntimeError(f"{name} = {loss.item():.4g} sends no gradient to any parameter of the student")
     return zero
+
+
+@torch.no_grad()
+def measure_ratios(distiller: Distiller, batches: Iterable[tuple[list[Tensor], list[dict]]]) -> dict[str, Tensor]:
+    """Measure how large each distillation loss is beside the detection losses, without weights, warm-up and training.
+
+    Works on copies, because a forward in training mode changes the statistics of batch norm.
+
+    Args:
+        distiller: with a method.
+        batches: images and targets as for `Distiller.forward`.
+
+    Returns:
+        The sum of each loss over the batches, divided by that of all detection losses; 0-dimensional.
+    """
+    student, method = copy.deepcopy((distiller.student, distiller.method))
+    trial = Distiller(student, distiller.teacher, method).train()
+    totals, total = Counter(), 0
+    for images, targets in batches:
+        detection, distillation = trial(images, targets)
+        totals.update(distillation)
+        total += sum(detection.values())
+    return {name: value / total for name, value in totals.items()}
 
 
 def check_not_zero(distillation: dict[str, float], steps: int) -> None:

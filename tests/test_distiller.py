@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from kd.detectors import build_detector
-from kd.distiller import Distiller, check_not_zero, check_terms
+from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.methods import METHODS
 
 SIZE = (64, 96)
@@ -25,6 +25,10 @@ def batch():
 def make(method: nn.Module | None = None, **options) -> Distiller:
     student, teacher = (build_detector("fcos", "test_resnet", 3, image_size=SIZE) for _ in range(2))
     return Distiller(student, teacher, method or METHODS["frs"]("fcos", 256, 256, student.backbone.strides), **options)
+
+
+def drkd() -> nn.Module:
+    return METHODS["drkd"]("fcos", 256, 256, (8, 16, 32, 64, 128))
 
 
 def test_teacher_is_unchanged_by_a_training_step(batch):
@@ -57,19 +61,35 @@ def test_without_a_method_the_losses_are_torchvisions(batch):
         Distiller(student, teacher=student)
 
 
-def test_weight_is_for_the_method_alone(batch):
-    """A quarter of the weight is a quarter of the distillation losses; detection losses are not touched."""
-    distiller = make().eval()  # with batch statistics fixed, every call gives the same losses
+def test_weights_are_for_the_method_alone(batch):
+    """A quarter of one loss, eight times another, the rest and the detection losses as they are."""
+    distiller = make(drkd()).eval()  # with batch statistics fixed, every call gives the same losses
     detection, full = distiller(*batch)
-    distiller.weight = 0.25
-    again, quarter = distiller(*batch)
+    distiller.weights = {"loss_drkd_pixel": 0.25, "loss_drkd_relation": 8.0}
+    again, weighted = distiller(*batch)
     assert_close(again, detection)
-    assert_close(quarter, {name: 0.25 * loss for name, loss in full.items()})
+    expected = {"loss_drkd_pixel": 0.25 * full["loss_drkd_pixel"], "loss_drkd_relation": 8 * full["loss_drkd_relation"]}
+    assert_close(weighted, {**full, **expected})
+
+
+def test_measured_ratios(batch):
+    """Sums over batches of each raw loss over those of all detection losses; nothing in the distiller changes."""
+    distiller = make(drkd(), warmup=4)
+    distiller.weights = {"loss_drkd_pixel": 0.25}
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    images, targets = batch
+    ratios = measure_ratios(distiller, [(images[:1], targets[:1]), (images[1:], targets[1:])])
+    assert_close(dict(distiller.state_dict()), before)
+
+    plain = Distiller(distiller.student, distiller.teacher, distiller.method)
+    parts = [plain(images[:1], targets[:1]), plain(images[1:], targets[1:])]
+    detection = sum(sum(part[0].values()) for part in parts)
+    assert_close(ratios, {name: (parts[0][1][name] + parts[1][1][name]) / detection for name in parts[0][1]})
 
 
 def test_warmup(batch):
     """Distillation losses grow to their weight: 1/4 of it at the first of 4 steps, all of it from the fourth on."""
-    distiller = make(weight=2.0, warmup=4).eval()
+    distiller = make(warmup=4).eval()
     distiller.warmup = 0
     full = distiller(*batch)[1]
     distiller.warmup = 4

@@ -13,8 +13,11 @@ import eval as evaluation_script
 import kd.distiller
 import kd.run.progress
 import train
+from kd.detectors import build_detector
 from kd.distiller import Distiller
-from kd.run.checkpoint import load_model, load_torchvision, save
+from kd.evaluation import METRICS
+from kd.run.checkpoint import load_model, load_torchvision, save, start_from
+from kd.run.folder import append_log
 
 SMALL = [
     *("--student", "test_resnet", "--image-size", "64", "64", "--batch-size", "4"),
@@ -109,6 +112,30 @@ def test_distill_weight(tmp_path):
         assert half[name] == pytest.approx(value * (0.5 if name.startswith("loss_drkd_") else 1), rel=1e-5)
 
 
+def test_automatic_weights(tmp_path, capsys, monkeypatch):
+    """Every loss starts at the wanted ratio to the detection losses; a resumed run keeps the factors of the first."""
+    words = ("--method", "drkd", "--teacher", "r18", "--epochs", 2, "--max-iterations", 8, "--output", tmp_path / "x")
+    words += ("--distill-weight", "auto:0.5")
+
+    def interrupt(folder, line):
+        if folder.name == "x":
+            raise InterruptedError
+        append_log(folder, line)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(train, "append_log", interrupt)
+        run(*words)
+    weights = json.loads((tmp_path / "x" / "args.json").read_text())["term_weights"]
+    assert len(set(weights.values())) == len(weights) == 3
+    expected = ", ".join(f"loss_drkd_{name} 0.5" for name in ("pixel", "relation", "instance"))
+    assert f"before training, relative to the detection loss: {expected}\n" in capsys.readouterr().out
+    monkeypatch.setattr(train, "measure_ratios", Mock(side_effect=AssertionError))
+    run(*words, "--resume")
+    assert json.loads((tmp_path / "x" / "args.json").read_text())["term_weights"] == weights
+    lines = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
+    assert all(0.05 < ratio < 2 for line in lines for ratio in line["ratio_to_detection"].values())
+
+
 def test_the_same_seed_gives_the_same_student(tmp_path):
     for name in ("a", "b"):
         run("--output", tmp_path / name)
@@ -150,7 +177,7 @@ def test_lists_of_categories_are_compared(coco_folder, tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    with pytest.raises(ValueError, match="16 training images are fewer than one batch of 64 per process"):
+    with pytest.raises(ValueError, match="16 training images are fewer than the 64 of one step"):
         run("--output", tmp_path / "x", "--batch-size", 64)
     assert not (tmp_path / "x").exists()
 
@@ -165,16 +192,16 @@ def test_a_loss_that_stays_zero_stops_training(tmp_path, monkeypatch, capsys):
     run(*teacher, "--set", "beta=1e-9", "--output", tmp_path / "tiny")
 
 
-def test_weight_and_warmup_reach_the_distiller(tmp_path, monkeypatch):
+def test_warmup_reaches_the_distiller(tmp_path, monkeypatch):
     """FRS has 500 iterations of warm-up, at most a tenth of the run."""
     run("--output", tmp_path / "teacher")
     built = Mock(side_effect=ValueError("far enough"))
     monkeypatch.setattr(train, "Distiller", built)
     teacher = ("--teacher", "test_resnet", "--teacher-weights", tmp_path / "teacher" / "model.pt")
-    words = ("--epochs", 10, "--max-iterations", 35, "--distill-weight", 0.5, "--output", tmp_path / "frs")
+    words = ("--epochs", 10, "--max-iterations", 35, "--output", tmp_path / "frs")
     with pytest.raises(ValueError, match="far enough"):
         run("--method", "frs", *teacher, *words)
-    assert built.call_args.kwargs == {"weight": 0.5, "warmup": 3}
+    assert built.call_args.kwargs == {"warmup": 3}
 
 
 def test_a_plain_student_of_another_schedule_is_not_shown(tmp_path, capsys):
@@ -199,8 +226,8 @@ def test_multi_scale(tmp_path, monkeypatch):
 
 def test_gradients_are_clipped(tmp_path):
     """With a tiny maximum norm, one step of SGD moves the parameters by no more than the learning rate times it."""
-    words = ("--max-iterations", 1, "--optimizer", "sgd", "--lr", 500, "--clip-grad", 1e-3, "--output", tmp_path / "x")
-    run(*words)  # the first of 500 warm-up steps has a learning rate of 1; --lr is not scaled
+    words = ("--max-iterations", 1, "--optimizer", "sgd", "--lr", 1, "--clip-grad", 1e-3, "--output", tmp_path / "x")
+    run(*words)
     torch.manual_seed(0)
     start = train.build_detector("fcos", "test_resnet", 5, image_size=(64, 64)).state_dict()
     moved = load_model(tmp_path / "x" / "model.pt")[0]
@@ -255,9 +282,10 @@ def test_fp16_skips_steps(tmp_path, monkeypatch):
 
 def test_learning_rate_of_the_coco_recipe():
     """16 images: 0.01, Faster R-CNN 0.02; the first of 500 warm-up steps; drops at 8 and 11 of 12 epochs."""
-    args = train.parse_args(["--optimizer", "sgd", "--batch-size", "16"])
+    args = train.parse_args(["--optimizer", "sgd"])
     parameter = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer, schedule = train.make_optimizer(args, parameter, iterations=12_000)
+    optimizer, schedule, plan = train.make_optimizer(args, parameter, iterations=12_000, images_per_step=16)
+    assert plan == "SGD, 500 steps of warm-up, learning rate 0.01, divided by 10 after 8000 and 11000 steps"
     rates = []
     for _ in range(12_000):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -266,8 +294,62 @@ def test_learning_rate_of_the_coco_recipe():
     assert_close(rates[0], 0.01 / 500)
     assert_close(rates[499], 0.01)
     assert_close([rates[7999], rates[8000], rates[10999], rates[11000]], [0.01, 0.001, 0.001, 0.0001])
-    args.detector, args.batch_size = "faster_rcnn", 2
-    assert_close(train.make_optimizer(args, parameter, 10)[0].param_groups[0]["initial_lr"], 0.0025)
+    args.detector = "faster_rcnn"
+    optimizer, _, plan = train.make_optimizer(args, parameter, iterations=216, images_per_step=2)
+    assert_close(optimizer.param_groups[0]["initial_lr"], 0.0025)
+    assert "21 steps of warm-up" in plan  # a tenth of a short run
+
+
+def test_accumulated_batches_are_one_step(tmp_path):
+    """RetinaNet's losses are means over images: one step of 4 images, or of twice 2, gives the same student."""
+    torch.manual_seed(1)
+    start = build_detector("retinanet", "test_resnet", 5, image_size=(64, 64), from_scratch=False)
+    save(start.state_dict(), tmp_path / "start.pth")
+    words = ("--detector", "retinanet", "--optimizer", "sgd", "--max-iterations", 1)
+    students = []
+    for size, times in ((4, 1), (2, 2)):
+        folder = tmp_path / str(times)
+        batches = ("--batch-size", size, "--accumulate", times)
+        run(*words, *batches, "--student-weights", tmp_path / "start.pth", "--output", folder)
+        students.append(torch.load(folder / "model.pt", weights_only=True)["model"])
+        (line,) = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        students[-1]["loss"] = torch.tensor(line["losses"]["bbox_regression"])
+    assert_close(*students, rtol=1e-4, atol=1e-6)
+    name = "head.regression_head.bbox_reg.weight"
+    assert not torch.equal(students[0][name], start.state_dict()[name])
+
+
+def test_start_from_a_detector_with_other_classes(tmp_path, capsys):
+    """All weights are taken over but those of the class head; another backbone is refused."""
+    words = ("--max-iterations", 1)
+    other = build_detector("fcos", "test_resnet", 91, image_size=(64, 64))
+    save(other.state_dict(), tmp_path / "coco.pth")
+    run(*words, "--student-weights", tmp_path / "coco.pth", "--output", tmp_path / "x")
+    head = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")
+    assert f"started from {tmp_path / 'coco.pth'}, except: {', '.join(head)}\n" in capsys.readouterr().out
+    ours = build_detector("fcos", "test_resnet", 5, image_size=(64, 64))
+    assert set(start_from(ours, tmp_path / "coco.pth")) == set(head)
+    ours, theirs = ours.state_dict(), other.state_dict()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == set(head)
+
+    run(*words, "--student-weights", tmp_path / "x" / "model.pt", "--output", tmp_path / "y")
+    assert "model.pt, except: nothing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="coco.pth do not fit"):
+        run(*words, "--student-weights", tmp_path / "coco.pth", "--student", "r18", "--output", tmp_path / "z")
+
+
+def test_best_model(tmp_path, monkeypatch, capsys):
+    """best.pt is the student of the evaluation with the highest AP, and has its row beside the last."""
+    values = iter((0.2, 0.5, 0.3))
+    monkeypatch.setattr(train, "evaluate", lambda *args, **_: ({**dict.fromkeys(METRICS, 0.0), "AP": next(values)}, []))
+    monkeypatch.setattr(train, "draw_samples", lambda *_: Image.new("RGB", (1, 1)))
+    saved = []
+    monkeypatch.setattr(train, "save_model", lambda *args: saved.append(args[-1].name) or save({}, args[-1]))
+    run("--epochs", 3, "--max-iterations", 12, "--eval-interval", 1, "--output", tmp_path / "x")
+    assert saved == ["best.pt", "best.pt", "model.pt"]
+    *_, last, best = capsys.readouterr().out.splitlines()
+    assert last.split()[:3] == ["plain", "test_resnet", "0.300"]
+    assert best.split()[:6] == ["plain", "test_resnet,", "epoch", "2", "(best.pt)", "0.500"]
 
 
 def test_torchvision_weights_as_teacher(coco_folder, tmp_path, capsys):

@@ -52,11 +52,7 @@ def build_method(
     Raises:
         ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type.
     """
-    make = METHODS[name]
-    fixed = getattr(make, "keywords", {})  # l1 and l2 are one class with p fixed
-    parameters = inspect.signature(make).parameters.values()
-    legal = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
-    values = {}
+    make, legal, values = METHODS[name], hyper_parameters(name), {}
     for text in settings:
         key, _, value = text.partition("=")
         if key not in legal or not value:
@@ -70,6 +66,21 @@ def build_method(
             kind = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"--set {text}: {name} takes {key} as {kind}, default {legal[key].default}")
     return make(detector, student_channels, teacher_channels, strides, **values)
+
+
+def hyper_parameters(name: str) -> dict[str, inspect.Parameter]:
+    """Return the hyper-parameters of a method by name."""
+    fixed = getattr(METHODS[name], "keywords", {})  # l1 and l2 are one class with p fixed
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+
+
+def describe_method(name: str) -> str:
+    """Return the hyper-parameters of a method with their defaults, and what they mean, as text."""
+    make = METHODS[name]
+    meaning = inspect.getdoc(getattr(make, "func", make)).partition("\n\nExample")[0]
+    defaults = " ".join(f"{p.name}={p.default}" for p in hyper_parameters(name).values())
+    return f"{meaning}\n\nDefaults (None: depends on the detector), to be changed by --set NAME=VALUE:\n    {defaults}"
 
 
 def has_type(value: object, annotation: object) -> bool:

@@ -16,7 +16,7 @@ SHAPES_RECIPE = {"epochs": 1, "batch_size": 8, "image_size": [64, 64], "optimize
 COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 
 MINIMUM = {
-    **{"epochs": 1, "batch_size": 1, "eval_interval": 1, "max_iterations": 1, "workers": 0, "seed": 0},
+    **{"epochs": 1, "batch_size": 1, "eval_interval": 1, "max_iterations": 1, "accumulate": 1, "workers": 0, "seed": 0},
     **{"clip_grad": 0, "aspect_ratio_group_factor": 0},
 }
 POSITIVE = ("lr", "distill_weight")
@@ -77,6 +77,8 @@ def check_names(args: argparse.Namespace) -> None:
         for name, default in PLAIN.items():
             if getattr(args, name) != default:
                 raise ValueError(f"--method none does not distil: leave out {option(name)}")
+    if args.student_weights and (args.pretrained or args.inherit):
+        raise ValueError("--student-weights replaces the whole student: leave out --pretrained and --inherit")
     for backbone in filter(None, (args.student, args.teacher)):
         timm_name(backbone)
     check_detector(args.detector)
@@ -93,6 +95,7 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise ValueError(f"{option(name)} is {value}: give {minimum} or more")
     for name in POSITIVE:
         value = getattr(args, name)
+        value = float(value.partition(":")[2] or 1) if isinstance(value, str) else value  # --distill-weight auto:RATIO
         if value is not None and not value > 0:
             raise ValueError(f"{option(name)} is {value}: give a number above 0")
     low, high = args.image_size

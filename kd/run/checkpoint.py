@@ -12,6 +12,8 @@ from kd.detectors import build_detector, check_pair, timm_name
 from kd.distiller import Distiller
 from kd.methods import build_method
 
+CLASS_HEADS = ("head.classification_head.cls_logits.", "roi_heads.box_predictor.")
+
 
 def save(content: dict, path: Path) -> None:
     """Write `content` to `path`; a crash leaves the old file or the new one."""
@@ -128,17 +130,53 @@ def load_torchvision(
     Raises:
         ValueError: the file is not a state_dict, or its weights do not fit.
     """
-    state_dict = load(path)
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} is neither a detector written by train.py nor a state_dict")
-    from_scratch = any(name.endswith("num_batches_tracked") for name in state_dict)
-    model = build_detector(detector, backbone, num_classes, image_size=image_size, from_scratch=from_scratch)
-    load_strictly(model, state_dict, path)
+    scratch = is_from_scratch(path)
+    model = build_detector(detector, backbone, num_classes, image_size=image_size, from_scratch=scratch)
+    load_strictly(model, read_weights(path), path)
     if detector != "fcos":  # torchvision evaluates its RetinaNet and Faster R-CNN V1 checkpoints with eps = 0
         for module in model.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = 0.0
     return model.eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the state_dict of a detector, from a model.pt or a state_dict of torchvision.
+
+    Raises:
+        ValueError: the file is of neither kind.
+    """
+    content = load(path)
+    if isinstance(content, dict) and "arguments" in content:
+        return load_model(path)[0].state_dict()
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} is neither a detector written by train.py nor a state_dict")
+    return content
+
+
+def is_from_scratch(path: str | Path) -> bool:
+    """Return whether the batch norm of a detector file was trained, and not frozen."""
+    return any(name.endswith("num_batches_tracked") for name in read_weights(path))
+
+
+def start_from(detector: nn.Module, path: str | Path) -> list[str]:
+    """Load the weights of another detector of the same kind, of which the classes may differ.
+
+    Args:
+        detector: keeps its initial class head where the numbers of classes differ.
+        path: model.pt of a run, or a state_dict of torchvision.
+
+    Returns:
+        The names of the tensors that were left.
+
+    Raises:
+        ValueError: the file cannot be loaded, or other weights do not fit.
+    """
+    weights, own = read_weights(path), detector.state_dict()
+    differing = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    left = [name for name in differing if name.startswith(CLASS_HEADS)]
+    load_strictly(detector, {**weights, **{name: own[name] for name in left}}, path)
+    return left
 
 
 def load_distiller(

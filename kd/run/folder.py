@@ -6,6 +6,7 @@
 | log.jsonl | a line per epoch | losses, learning rate, speed, COCO's numbers if evaluated |
 | checkpoint.pt | each epoch and every ten minutes | everything needed to continue |
 | model.pt | at the end | the student alone: weights and how to build it |
+| best.pt | at evaluations, if there are several | the same, at its highest AP so far |
 | samples.png | at each evaluation | ground truth, detections of the teacher and of the student |
 """
 
@@ -27,9 +28,13 @@ from kd.run.distributed import rank, say, world_size
 # Arguments that may differ when a run is continued: they change where and when, not what is computed. Files are
 # compared by hash.
 FREE = {
-    *("device", "workers", "output", "resume", "teacher_weights", "pretrained", "not_inherited"),
+    *("device", "workers", "output", "resume", "teacher_weights", "student_weights", "pretrained"),
+    *("not_inherited", "term_weights"),
     *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
 }
+
+
+FILES = ("train_annotations", "val_annotations", "teacher_weights", "student_weights")
 
 
 def check_folder(folder: Path, resume: str | None) -> None:
@@ -95,7 +100,7 @@ def describe(args: argparse.Namespace) -> dict:
         SCORER: version(SCORER),
         "revision": revision.stdout.strip() or None,
     }
-    files = {name: getattr(args, name) for name in ("train_annotations", "val_annotations", "teacher_weights")}
+    files = {name: getattr(args, name) for name in FILES}
     files["pretrained"] = args.pretrained if isinstance(args.pretrained, str) else None
     hashes = {name: file_hash(file) for name, file in files.items() if file}
     return {**vars(args), "processes": world_size(), "sha256": hashes, "versions": versions}
@@ -143,6 +148,11 @@ def read_evaluations(folder: Path) -> list[dict]:
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return [line for line in lines if "AP" in line]
+
+
+def best_evaluation(folder: Path) -> dict:
+    """Return the line of log.jsonl with the highest AP, empty if there is no evaluation."""
+    return max(read_evaluations(folder), key=lambda line: line["AP"], default={})
 
 
 def run_name(args: argparse.Namespace, method: str, student: str) -> str:

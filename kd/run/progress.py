@@ -50,7 +50,7 @@ class Progress:
         self.folder, self.parts, self.seed, self.title = folder, parts, seed, title
         self.steps_per_epoch, self.iterations = steps_per_epoch, iterations
         self.epoch = self.step = self.skipped = 0
-        self.losses, self.terms = Counter(), []  # sums over the steps of this epoch
+        self.step_losses, self.losses, self.terms = [], Counter(), []  # losses: sums over the steps of this epoch
         self.signal, self.stopping, self.saved_at = StopSignal(), False, time.monotonic()
 
     @property
@@ -121,8 +121,8 @@ class Progress:
         bar = tqdm(
             loader,
             f"{self.title}: epoch {self.epoch + 1} of {self.epochs}",
-            initial=self.step,
-            total=self.steps_in_epoch,
+            initial=self.iteration,
+            total=self.iterations,  # of the whole run, so that the time left is
             disable=rank() > 0,
             dynamic_ncols=True,
         )
@@ -148,20 +148,25 @@ class Progress:
         }
         self.save()
 
-    def record(self, detection: dict[str, Tensor], distillation: dict[str, Tensor], norm: Tensor) -> None:
-        """Add the losses of a step, averaged over processes, to those of the epoch. Call it before the optimizer step.
+    def add(self, detection: dict[str, Tensor], distillation: dict[str, Tensor]) -> None:
+        """Add the losses of a batch, by name, to those of the step."""
+        self.step_losses.append({name: loss.detach() for name, loss in {**detection, **distillation}.items()})
+        self.terms = list(distillation)
 
-        With fp16, a gradient that is not finite is left to the scaler, which skips the step and lowers its scale.
+    def check(self, norm: Tensor) -> None:
+        """Add the losses of the step, averaged over its batches and processes, to those of the epoch.
+
+        Call it before the optimizer step. With fp16, a gradient that is not finite is left to the scaler, which skips
+        the step and lowers its scale.
 
         Args:
-            detection: detection losses by name.
-            distillation: distillation losses by name.
             norm: of the gradient.
 
         Raises:
             RuntimeError: a loss or the norm is not finite. nonfinite.json gets all values and the images.
         """
-        losses = {**detection, **distillation}
+        batches, self.step_losses = self.step_losses, []
+        losses = {name: sum(batch[name] for batch in batches) / len(batches) for name in batches[0]}
         stop = norm.new_tensor(self.signal.number)
         values = mean_over_processes({**losses, "gradient norm": norm, "stop": stop})
         self.stopping = values.pop("stop") > 0
@@ -171,7 +176,6 @@ class Progress:
             self.stop_at(values)
         self.losses.update({name: values[name] for name in losses})
         self.loss = sum(values[name] for name in losses)
-        self.terms = list(distillation)
 
     def stop_at(self, values: dict[str, float]) -> None:
         """Write nonfinite.json and raise RuntimeError with what is not finite, where, and the last checkpoint."""

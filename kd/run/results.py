@@ -6,12 +6,22 @@ from pathlib import Path
 from torch import nn
 
 from kd.run.arguments import plain_arguments
-from kd.run.folder import changes_since, describe, read_evaluations
+from kd.run.folder import best_evaluation, changes_since, describe, read_evaluations
+
+LOW_RATIO, HIGH_RATIO = 0.05, 5  # of a distillation loss to the detection loss, beyond which a hint is printed
 
 
 def result(name: str, metrics: dict[str, float], detector: nn.Module) -> dict:
     """Return a row for `print_results`."""
     return {"name": name, **metrics, "parameters": sum(parameter.numel() for parameter in detector.parameters())}
+
+
+def format_ratios(ratios: dict[str, float], when: str) -> str:
+    """Return a line with the ratio of each distillation loss to the detection loss, and a hint where one is far off."""
+    text = ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items())
+    off = [name for name, ratio in ratios.items() if not LOW_RATIO <= ratio <= HIGH_RATIO]
+    hint = f"; outside {LOW_RATIO} to {HIGH_RATIO}, try --distill-weight auto: {', '.join(off)}" if off else ""
+    return f"{when}, relative to the detection loss: {text}{hint}"
 
 
 def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -> None:
@@ -27,6 +37,9 @@ def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -
     if plain and args.method != "none" and not changes_since(Path(likewise.output), describe(likewise)):
         name, parameters = f"plain {args.student}", rows[-1]["parameters"]
         rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
+    best = best_evaluation(Path(args.output))
+    if best["AP"] > rows[-1]["AP"]:
+        rows.append({**rows[-1], **best, "name": f"{rows[-1]['name']}, epoch {best['epoch']} (best.pt)"})
     width = max(len(row["name"]) for row in rows)
     print(f"\n{args.detector}, {iterations} iterations\n")
     print(f"{'':{width}}{'AP':>8}{'AP50':>8}{'AP75':>8}{'parameters':>14}")

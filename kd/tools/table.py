@@ -24,8 +24,10 @@ COLUMNS = (
 # Runs that agree in SETTING can be compared. Runs that also agree in METHOD are repetitions.
 SETTING = (
     *("detector", "student", "data", "train_annotations", "val_annotations", "image_size", "multi_scale", "iteration"),
-    *("batch_size", "processes", "optimizer", "lr", "clip_grad", "amp", "sync_bn", "pretrained"),
+    *("batch_size", "accumulate", "processes", "optimizer", "lr", "clip_grad", "amp", "sync_bn", "pretrained"),
+    "student_weights",
 )
+LATER = {"accumulate": 1}  # arguments that older runs lack, and what they were
 METHOD = ("method", "teacher", "set", "distill_weight", "inherit")
 L2 = {"method": "l2", "set": [], "distill_weight": 1.0, "inherit": False}  # what other methods are compared with
 
@@ -111,7 +113,8 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
 def method_name(run: dict) -> str:
     """Return the method of a run with its changed hyper-parameters."""
     words = [run["method"], *run["set"], *(["inherit"] if run["inherit"] else [])]
-    words += [f"x {run['distill_weight']:g}"] if run["distill_weight"] != 1 else []
+    weight = run["distill_weight"]
+    words += [f"x {weight if isinstance(weight, str) else f'{weight:g}'}"] if weight != 1 else []
     return " ".join(words)
 
 
@@ -131,7 +134,7 @@ def gain(ours: float, baseline: float | None) -> str:
 
 def key(run: dict, names: tuple[str, ...]) -> str:
     """Return the values of these names as one string."""
-    return json.dumps([run.get(name) for name in names])
+    return json.dumps([run.get(name, LATER.get(name)) for name in names])
 
 
 def data_name(run: dict) -> str:
