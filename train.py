@@ -172,11 +172,12 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     say(f"{iterations} steps of {images_per_step} images: {plan}")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    # epochs
+    # progress
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    several = args.eval_interval and args.eval_interval < args.epochs
     run = {"steps_per_epoch": steps_per_epoch, "iterations": iterations, "seed": args.seed}
     progress = Progress(output, parts, **run, title=f"{args.method} {args.student}")
+
+    # loss weights
     distiller.weights = args.term_weights = started_with(output).get("term_weights", {})  # recorded in args.json
     if method and not distiller.weights:
         loader = progress.loader(train_set, args.batch_size, 0, args.aspect_ratio_group_factor)
@@ -185,6 +186,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             ratios = mean_over_processes(measure_ratios(distiller, batches))
         distiller.weights = args.term_weights = term_weights(args.distill_weight, ratios)
         say(format_ratios({name: distiller.weights[name] * ratio for name, ratio in ratios.items()}, "before training"))
+
+    # epochs
+    several = args.eval_interval and args.eval_interval < args.epochs
     if open_folder(output, args):
         progress.resume()
     for epoch in range(progress.epoch, progress.epochs):
