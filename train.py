@@ -53,7 +53,7 @@ from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.tools.samples import draw_samples
 
 RATIO_BATCHES = 10  # of each process, to compare the losses before training
-AUTO_RATIO = 0.3  # of each distillation loss to the detection loss before training, with --distill-weight auto
+AUTO_RATIO = 1.0  # of all distillation losses to the detection losses before training, with --distill-weight auto
 TEACHER_CHECK = 500  # validation images for the teacher's AP before training
 TEACHER_SCHEDULE = 4  # times the epochs of its student, for a teacher on the shapes: at equal epochs it is no better
 
@@ -256,16 +256,17 @@ def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -
 
 
 def term_weights(weight: float | str, ratios: dict[str, float]) -> dict[str, float]:
-    """Return the factor of each distillation loss: the same number, or, for "auto", what brings it to a ratio.
+    """Return the factor of each distillation loss.
 
     Args:
-        weight: a number, "auto" or "auto:RATIO".
+        weight: a number for all; or "auto" or "auto:RATIO", with which they start at AUTO_RATIO or RATIO times the
+            detection losses together, in equal shares.
         ratios: of each loss to the detection losses, before training. One that is zero is left alone.
     """
     if isinstance(weight, float):
         return dict.fromkeys(ratios, weight)
-    wanted = float(weight.removeprefix("auto").removeprefix(":") or AUTO_RATIO)
-    return {name: wanted / ratio if ratio else 1.0 for name, ratio in ratios.items()}
+    share = float(weight.removeprefix("auto").removeprefix(":") or AUTO_RATIO) / len(ratios)
+    return {name: share / ratio if ratio else 1.0 for name, ratio in ratios.items()}
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int, images_per_step: int):

@@ -113,9 +113,9 @@ def test_distill_weight(tmp_path):
 
 
 def test_automatic_weights(tmp_path, capsys, monkeypatch):
-    """Every loss starts at the wanted ratio to the detection losses; a resumed run keeps the factors of the first."""
+    """The losses start at the wanted ratio to the detection losses; a resumed run keeps the factors of the first."""
     words = ("--method", "drkd", "--teacher", "r18", "--epochs", 2, "--max-iterations", 8, "--output", tmp_path / "x")
-    words += ("--distill-weight", "auto:0.5")
+    words += ("--distill-weight", "auto:1.5")
 
     def interrupt(folder, line):
         if folder.name == "x":
