@@ -38,7 +38,6 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
     add("--curves", metavar="FILE", help="draw AP against epochs of several runs, means over seeds")
     add("--markdown", action="store_true", help="print the table of several runs as Markdown")
-    add("--under", metavar="FOLDER", default="", help="list only runs whose folder begins with FOLDER")
     add("--pack", metavar="FILE", help="write several runs to a text file, a line each")
     add("--teacher-weights", help="for --explain: file of the teacher, instead of the one trained with")
     add("--val-images", help="folder, instead of the one trained with")
@@ -69,9 +68,7 @@ def main(args: argparse.Namespace) -> None:
 
 def list_runs(args: argparse.Namespace) -> None:
     """Print the table of several runs; draw their curves and pack them if asked."""
-    runs = [run for run in collect(Path(args.run)) if run["folder"].startswith(args.under)]
-    if not runs:
-        raise ValueError(f"{args.run} has no run under {args.under}")
+    runs = collect(Path(args.run))
     print(format_table(compare(runs), args.markdown))
     if args.curves:
         draw_curves(read_curves(runs)).save(args.curves)
