@@ -9,7 +9,11 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-STRIDES = {"fcos": (8, 16, 32, 64, 128), "retinanet": (8, 16, 32, 64, 128), "faster_rcnn": (4, 8, 16, 32, 64)}
+DENSE_STRIDES = (8, 16, 32, 64, 128)
+STRIDES = {
+    **dict.fromkeys(("fcos", "gfl", "retinanet"), DENSE_STRIDES),
+    "faster_rcnn": (4, 8, 16, 32, 64),
+}
 FPN_CHANNELS = 256
 # Pretrained, these have torchvision's V1 weights, which the papers' detectors start from; timm's default weights of the
 # same models are others.

@@ -1,4 +1,4 @@
-"""Build one of torchvision's detectors on a timm backbone."""
+"""Build one of torchvision's detectors, or GFL, on a timm backbone."""
 
 import difflib
 from functools import partial
@@ -9,6 +9,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from kd.detectors.backbone import FPN_CHANNELS, STRIDES, build_backbone, freeze_like_torchvision
+from kd.detectors.gfl import GFL
 
 DETECTORS = tuple(STRIDES)
 
@@ -38,7 +39,7 @@ def build_detector(
     pretrained: bool | str = False,
     from_scratch: bool | None = None,
 ) -> FCOS | RetinaNet | FasterRCNN:
-    """Build a torchvision detector on a timm backbone; images are normalised with the backbone's mean and std.
+    """Build a detector on a timm backbone; images are normalised with the backbone's mean and std.
 
     With pretrained weights, the batch norm of the backbone and its layers up to stride 4 are frozen, as in
     torchvision. From scratch, batch norm is trained and RetinaNet's towers have group norm, as in torchvision's
@@ -86,6 +87,8 @@ def build_detector(
         # torchvision's score threshold of 0.2 drops detections that count for COCO's AP; RetinaNet has 0.05.
         model = FCOS(body_and_fpn, score_thresh=0.05, **options)
         nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.0)
+    elif detector == "gfl":
+        model = GFL(body_and_fpn, **options)
     elif detector == "retinanet":
         sizes = tuple(tuple(int(smallest * 2**level * 2 ** (third / 3)) for third in range(3)) for level in range(5))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)

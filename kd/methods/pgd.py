@@ -116,7 +116,7 @@ class PGD(nn.Module):
     """Prediction-guided distillation of the first blocks of a dense head's towers.
 
     Args:
-        detector: "retinanet" or "fcos". Defaults are the reference code's for FCOS, for RetinaNet too (our reading).
+        detector: "retinanet", "fcos" or "gfl". Defaults are the reference code's for FCOS; for the others, our reading.
         student_channels, teacher_channels: of the towers. If they differ, a 1x1 convolution adapts each (our reading).
         strides: not used; positions come from the anchors.
         alpha, beta: weights of key regions and background in the classification tower; reference: beta = 0.5 * alpha.
@@ -156,7 +156,7 @@ class PGD(nn.Module):
         level_weights: tuple[float, ...] = (1.0, 1.25, 1.5, 1.75, 2.0),
     ):
         super().__init__()
-        if detector not in ("retinanet", "fcos"):
+        if detector not in ("retinanet", "fcos", "gfl"):
             raise ValueError(f"PGD reads the class logits and towers of a dense head, which {detector} does not have")
         self.alpha, self.beta, self.gamma, self.top_k, self.xi = alpha, beta, gamma, top_k, xi
         self.delta, self.temperature, self.level_weights = delta, temperature, level_weights

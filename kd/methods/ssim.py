@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-LOSS_WEIGHT = {"retinanet": 4.0, "fcos": 4.0, "faster_rcnn": 2.0}  # paper: 2 or 4; the split is ours
+LOSS_WEIGHT = {"retinanet": 4.0, "fcos": 4.0, "gfl": 4.0, "faster_rcnn": 2.0}  # paper: 2 or 4; the split is ours
 C1, C2 = 0.01**2, 0.03**2  # SSIM's usual constants for values in 0..1
 
 
@@ -119,7 +119,7 @@ class SSIM(nn.Module):
     """Structural distillation of FPN features.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weight.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default weight.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.

@@ -133,7 +133,7 @@ def load_torchvision(
     scratch = is_from_scratch(path)
     model = build_detector(detector, backbone, num_classes, image_size=image_size, from_scratch=scratch)
     load_strictly(model, read_weights(path), path)
-    if detector != "fcos":  # torchvision evaluates its RetinaNet and Faster R-CNN V1 checkpoints with eps = 0
+    if detector in ("retinanet", "faster_rcnn"):  # torchvision evaluates these checkpoints with eps = 0
         for module in model.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = 0.0
