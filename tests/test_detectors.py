@@ -149,6 +149,24 @@ def test_torchvision_checkpoint_fits(tmp_path):
             assert_close(ours(image)[0][key], value)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated", "ignore:.*always returns a .Losses, Detections")
+@pytest.mark.parametrize("detector, backbone", [*((d, "test_resnet") for d in DETECTORS), ("fcos", "mobilenetv2_100")])
+def test_scripted(detector, backbone):
+    """torch.jit.script compiles each detector, and the detections are equal.
+
+    The image has the size of the network's input: torchvision's resize may differ by a pixel in TorchScript.
+    """
+    model = build_detector(detector, backbone, 4, image_size=(64, 96)).eval()
+    for part in (model, getattr(model, "roi_heads", model)):
+        part.score_thresh = 0.0
+    image = [torch.rand(3, 64, 80)]
+    with torch.no_grad():
+        (expected,), (_, (detections,)) = model(image), torch.jit.script(model)(image)
+    assert detections.keys() == expected.keys() and len(expected["scores"]) > 9
+    for key, value in expected.items():
+        assert torch.equal(detections[key], value), key
+
+
 def test_check_pair():
     """All that a method reads must correspond; FPN features alone need only the same strides."""
     heads, small = ("fpn", "cls_logits"), {"image_size": (64, 96)}
