@@ -10,7 +10,6 @@ python eval.py runs/ --pack runs.jsonl   also a text file with a line per run, w
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from kd.data import DataError, class_names, open_dataset
 from kd.evaluation import evaluate
 from kd.features import forward_detector
 from kd.run.checkpoint import load_distiller, load_model
+from kd.run.errors import one_line_errors
 from kd.run.speed import keep_freed_memory
 from kd.tools.curves import draw_curves, read_curves
 from kd.tools.explain import draw_explanation
@@ -166,7 +166,5 @@ def find_image(name: str, dataset: Dataset) -> tuple[Tensor, dict]:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.data import check_same_classes, open_dataset
@@ -39,6 +39,8 @@ from kd.methods import METHODS, build_method
 from kd.run.arguments import plain_arguments, settle
 from kd.run.checkpoint import load_teacher, save_model
 from kd.run.distributed import barrier, init_distributed, rank, say, share_buffers, world_size
+from kd.run.errors import one_line_errors
+from kd.run.files import locked
 from kd.run.folder import (
     append_log,
     check_same_run,
@@ -106,12 +108,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Train what the shapes need for comparison, then the requested detector; return COCO's twelve numbers."""
     settle(args)
     output = Path(args.output)
-    if is_finished(output):
-        say(f"{output} is finished")
-        return read_evaluations(output)[-1]
-    if args.method != "none" and args.teacher_weights is None:
-        args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
-    return train(args)
+    with locked(output):
+        if is_finished(output):
+            say(f"{output} is finished")
+            return read_evaluations(output)[-1]
+        if args.method != "none" and args.teacher_weights is None:
+            args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
+        return train(args)
 
 
 def train_companions(args: argparse.Namespace) -> str:
@@ -129,11 +132,12 @@ def train_companions(args: argparse.Namespace) -> str:
     teacher = plain_arguments(args, "teacher", args.teacher, TEACHER_SCHEDULE * args.epochs)
     for companion in (teacher, plain_arguments(args, "none", args.student, args.epochs)):
         folder = Path(companion.output)
-        if is_finished(folder):
-            check_same_run(folder, describe(companion))
-        else:
-            say(f"training {folder.name} first; later runs use it again")
-            train(companion)
+        with locked(folder):
+            if is_finished(folder):
+                check_same_run(folder, describe(companion))
+            else:
+                say(f"training {folder.name} first; later runs use it again")
+                train(companion)
     return str(Path(teacher.output) / "model.pt")
 
 
@@ -291,10 +295,5 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
