@@ -9,20 +9,21 @@ python eval.py runs/ --pack runs.jsonl   also a text file with a line per run, w
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from kd.data import DataError, class_names, open_dataset
+from kd.data import DataError, class_names, open_dataset, open_image
 from kd.evaluation import evaluate
 from kd.features import forward_detector
+from kd.run.arguments import check_machine
 from kd.run.checkpoint import load_distiller, load_model
 from kd.run.errors import one_line_errors
+from kd.run.folder import read_settings
 from kd.run.speed import keep_freed_memory
 from kd.tools.curves import draw_curves, read_curves
 from kd.tools.explain import draw_explanation
@@ -51,6 +52,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """List several runs, explain one, or evaluate it."""
     folder = Path(args.run)
+    check_machine(args)
     if not (folder / "model.pt").exists():
         list_runs(args)
     elif args.explain:
@@ -87,7 +89,7 @@ def open_run(args: argparse.Namespace) -> tuple[nn.Module, dict, Dataset]:
     """
     folder = Path(args.run)
     detector, content = load_model(folder / "model.pt")
-    settings = json.loads((folder / "args.json").read_text())
+    settings = read_settings(folder)
     dataset = open_dataset(
         args.val_images or settings["val_images"],
         args.val_annotations or settings["val_annotations"],
@@ -153,7 +155,7 @@ def find_image(name: str, dataset: Dataset) -> tuple[Tensor, dict]:
             raise ValueError(f"{name} is neither a file nor an image id of the validation set (ids: {some}, ...)")
         return dataset[ids.index(name)]
     try:
-        with Image.open(name) as file:
+        with open_image(name) as file:
             image = pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB")) / 255
     except OSError as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from error

@@ -31,7 +31,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data import check_same_classes, open_dataset
+from kd.data import check_same_classes, open_dataset, summarize
 from kd.detectors import DETECTORS, build_detector, check_pair, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms
 from kd.evaluation import evaluate
@@ -153,7 +153,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     train_set = open_dataset(args.train_images, args.train_annotations, size, True, args.seed, skip)
     val_set = open_dataset(args.val_images, args.val_annotations, size, False, args.seed, skip)
     check_same_classes(train_set, val_set)
-    say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
+    say(summarize(train_set, val_set))
     steps_per_epoch = len(train_set) // (args.batch_size * world_size())
     if steps_per_epoch == 0:
         raise ValueError(f"{len(train_set)} training images are fewer than one batch of {args.batch_size} per process")

@@ -7,6 +7,7 @@ weight, and `maps`, called with the same arguments, returns where it looks, for 
 
 import ast
 import inspect
+import sys
 from functools import partial
 from types import UnionType
 from typing import get_args, get_origin
@@ -50,7 +51,8 @@ def build_method(
         settings: hyper-parameters as NAME=VALUE, VALUE a Python literal or text.
 
     Raises:
-        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type.
+        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type; a
+            number is negative or not finite.
     """
     make = METHODS[name]
     fixed = getattr(make, "keywords", {})  # l1 and l2 are one class with p fixed
@@ -69,7 +71,15 @@ def build_method(
         if not has_type(values[key], kind):
             kind = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"--set {text}: {name} takes {key} as {kind}, default {legal[key].default}")
+        if not all(0 <= number <= sys.float_info.max for number in numbers(values[key])):
+            raise ValueError(f"--set {text}: give finite numbers from 0")
     return make(detector, student_channels, teacher_channels, strides, **values)
+
+
+def numbers(value: object) -> list[float]:
+    """Return the numbers of a value: itself, the elements of a tuple, or none."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [number for number in values if isinstance(number, int | float)]
 
 
 def has_type(value: object, annotation: object) -> bool:

@@ -83,7 +83,7 @@ class Progress:
         Raises:
             ValueError: the file is damaged or belongs to another run.
         """
-        content = restore(self.parts, self.folder / "checkpoint.pt")
+        content = restore(self.parts, self.folder / "checkpoint.pt", self.epochs, self.steps_per_epoch)
         for name in ("epoch", "step", "skipped", "terms"):
             setattr(self, name, content[name])
         self.losses = Counter(content["losses"])
