@@ -23,8 +23,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Formats of photographs. Pillow knows many more, and starts other programs for some, such as Ghostscript for EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+# Formats of photographs; MPO belongs to JPEG. Pillow knows many more, and starts Ghostscript for one of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 # The last bytes of a complete file.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -93,7 +93,7 @@ def why_bad(path: Path, size: tuple[float, float]) -> str | None:
             if image.format not in END_MARKERS or not end.endswith(END_MARKERS[image.format]):
                 decode(image, size)
     except UnidentifiedImageError:
-        return f"not a file of {', '.join(FORMATS)} ({path.stat().st_size} bytes)"
+        return f"not a {', '.join(FORMATS)} or MPO file ({path.stat().st_size} bytes)"
     except Exception as error:  # Pillow's decoders raise many types
         return str(error) or type(error).__name__
     return None
