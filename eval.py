@@ -13,8 +13,6 @@ python eval.py runs/ --pack runs.jsonl   also a text file with a line per run, w
 """
 
 import argparse
-import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +22,10 @@ from torch.utils.data import Dataset
 
 from kd.data import DataError, class_names, open_dataset
 from kd.evaluation import METRICS, evaluate, format_classes
+from kd.run.arguments import check_machine
 from kd.run.checkpoint import load_distiller, load_model
+from kd.run.errors import one_line_errors
+from kd.run.folder import read_settings
 from kd.run.speed import keep_freed_memory
 from kd.tools.curves import draw_curves, read_curves
 from kd.tools.explain import explain_image
@@ -48,7 +49,6 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or a list of its words."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     add = parser.add_argument
     add("run", help="folder of a run or of several, or a file of --pack")
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
@@ -63,7 +63,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add(
         "--score-threshold", type=float, default=THRESHOLD, help="draw detections from this score, default: %(default)s"
     )
-    add("--device", choices=devices, default=devices[0], help="default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda (default, if any) or cpu")
     add("--workers", type=int, default=0, help="data loading processes")
     return parser.parse_args(words)
 
@@ -92,8 +92,9 @@ def check(args: argparse.Namespace) -> str:
         if value != defaults[name] and name not in ("device", *FLAGS[mode]):
             readers = ", ".join(other for other, flags in FLAGS.items() if name in flags)
             raise ValueError(f"--{name.replace('_', '-')} has no effect for {mode}, only for {readers}: leave it out")
-    if args.workers < 0 or not 0 <= args.score_threshold <= 1:
-        raise ValueError("--workers must be 0 or more, --score-threshold from 0 to 1")
+    check_machine(args)
+    if not 0 <= args.score_threshold <= 1:
+        raise ValueError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1")
     return mode
 
 
@@ -151,7 +152,7 @@ def open_run(args: argparse.Namespace) -> tuple[nn.Module, dict, Dataset]:
     """
     folder = Path(args.run)
     detector, content = load_model(folder / "model.pt")
-    settings = json.loads((folder / "args.json").read_text())
+    settings = read_settings(folder)
     dataset = open_dataset(
         args.val_images or settings["val_images"],
         args.val_annotations or settings["val_annotations"],
@@ -179,7 +180,5 @@ def explain(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

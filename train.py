@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data import check_same_classes, open_dataset
+from kd.data import check_same_classes, open_dataset, summarize
 from kd.detectors import build_detector, check_pair, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.evaluation import evaluate
@@ -36,6 +36,8 @@ from kd.run.distributed import (
     share_buffers,
     world_size,
 )
+from kd.run.errors import one_line_errors
+from kd.run.files import locked
 from kd.run.folder import (
     append_log,
     best_evaluation,
@@ -62,12 +64,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Train what the shapes need for comparison, then the requested detector; return COCO's twelve numbers."""
     settle(args)
     output = Path(args.output)
-    if is_finished(output):
-        say(f"{output} is finished")
-        return read_evaluations(output)[-1]
-    if args.method != "none" and args.teacher_weights is None:
-        args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
-    return train(args)
+    with locked(output):
+        if is_finished(output):
+            say(f"{output} is finished")
+            return read_evaluations(output)[-1]
+        if args.method != "none" and args.teacher_weights is None:
+            args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
+        return train(args)
 
 
 def train_companions(args: argparse.Namespace) -> str:
@@ -86,11 +89,12 @@ def train_companions(args: argparse.Namespace) -> str:
     teacher.student_weights = None
     for companion in (teacher, plain_arguments(args, "none", args.student, args.epochs)):
         folder = Path(companion.output)
-        if is_finished(folder):
-            check_same_run(folder, describe(companion))
-        else:
-            say(f"training {folder.name} first; later runs use it again")
-            train(companion)
+        with locked(folder):
+            if is_finished(folder):
+                check_same_run(folder, describe(companion))
+            else:
+                say(f"training {folder.name} first; later runs use it again")
+                train(companion)
     return str(Path(teacher.output) / "model.pt")
 
 
@@ -106,7 +110,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     train_set = open_dataset(args.train_images, args.train_annotations, size, True, args.seed, skip)
     val_set = open_dataset(args.val_images, args.val_annotations, size, False, args.seed, skip)
     check_same_classes(train_set, val_set)
-    say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
+    say(summarize(train_set, val_set))
     images_per_step = args.batch_size * args.accumulate * world_size()
     steps_per_epoch = len(train_set) // images_per_step
     if steps_per_epoch == 0:
@@ -290,10 +294,5 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()

@@ -143,8 +143,8 @@ class DRKD(nn.Module):
         nodes: tuple[int, ...] = NODES,
     ):
         super().__init__()
-        if len(nodes) < len(strides):
-            raise ValueError(f"{len(strides)} levels need as many nodes, not {tuple(nodes)}")
+        if len(nodes) < len(strides) or min(nodes) < 1:
+            raise ValueError(f"{len(strides)} levels need as many nodes, 1 or more each, not {tuple(nodes)}")
         given = (pixel_weight, relation_weight, instance_weight)
         self.weights = [default if g is None else g for g, default in zip(given, WEIGHTS[detector])]
         self.strides, nodes = strides[:2], nodes[: len(strides)]  # objects are pooled from the two finest levels

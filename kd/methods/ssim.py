@@ -129,6 +129,9 @@ class SSIM(nn.Module):
         normalize: "image" or "channel", see `min_max_normalize`.
         adapter: use a 1x1 convolution per level on the student's side; always used where channels differ.
 
+    Raises:
+        ValueError: window, sigma or normalize is invalid.
+
     Example::
 
         sizes = [(40, 60), (20, 30)]  # of the levels
@@ -155,6 +158,11 @@ class SSIM(nn.Module):
         adapter: bool = False,
     ):
         super().__init__()
+        if window < 1 or window % 2 == 0 or sigma <= 0 or normalize not in ("image", "channel"):
+            raise ValueError(
+                f"window must be odd and positive, not {window}; sigma must be positive, not {sigma}; normalize must "
+                f'be "image" or "channel", not {normalize!r}'
+            )
         self.options = {"normalize": normalize, "window": window, "sigma": sigma}
         self.loss_weight = LOSS_WEIGHT[detector] if loss_weight is None else loss_weight
         adapted = adapter or student_channels != teacher_channels

@@ -17,10 +17,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from kd.data import class_names
-from kd.data.images import decode, orientation
+from kd.data.images import FORMATS, decode, open_image, orientation
 from kd.tools.samples import THRESHOLD, draw_detections
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")  # of photographs, by Pillow's names
 SMALLEST = 512  # pixels: smaller images are enlarged to this longest side, on which captions can be read
 
 
@@ -28,10 +27,10 @@ def read_photograph(path: str | Path) -> Tensor:
     """Return an image [3, h, w] in 0..1: upright, converted to RGB as in training; the first of several in a file.
 
     Raises:
-        ValueError: the file cannot be read as an image of one of FORMATS.
+        ValueError: the file cannot be read as an image of a photograph's format.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with open_image(path) as file:
             size = file.size if orientation(file) < 5 else file.size[::-1]
             return pil_to_tensor(decode(file, size)) / 255
     except Exception as error:  # Pillow's decoders raise many types
