@@ -26,6 +26,7 @@ from tests.conftest import STRIDES as FAKE_STRIDES
 FILES = sorted(file for file in Path(kd.methods.__file__).parent.glob("*.py") if file.name != "__init__.py")
 CLASSES = {getattr(make, "func", make) for make in METHODS.values()}
 SERVED = [(name, detector) for name in METHODS for detector in DETECTORS if (name, detector) != ("pgd", "faster_rcnn")]
+FINEST_FOUR = {("pkd", detector) for detector in DETECTORS}  # compare four levels of five
 
 
 def make(name: str, student_channels: int = 4, teacher_channels: int = 4) -> nn.Module:
@@ -230,8 +231,9 @@ def test_one_training_step(networks, name, detector, amp):
 
 @pytest.mark.parametrize(("name", "detector"), SERVED)
 def test_maps(networks, name, detector):
-    """One map per level over its positions, at least 0, and matrices of objects; an image may have no boxes."""
+    """One map per level compared over its positions, at least 0, and matrices of objects; also without boxes."""
     distiller = Distiller(*networks(detector), METHODS[name](detector, 256, 256, STRIDES[detector])).eval()
+    count = 4 if (name, detector) in FINEST_FOUR else 5
     for boxes in (torch.tensor([[4.0, 4.0, 20.0, 25.0], [10.0, 2.0, 35.0, 15.0]]), torch.zeros(0, 4)):
         target = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)}
         with torch.no_grad():
@@ -243,5 +245,5 @@ def test_maps(networks, name, detector):
             if map_name.endswith("matrix"):
                 assert all(level.shape == (1, len(boxes), len(boxes)) for level in levels)
             else:
-                assert [level.shape for level in levels] == [level[:, 0].shape for level in student.fpn]
+                assert [level.shape for level in levels] == [level[:, 0].shape for level in student.fpn[:count]]
             assert all(level.isfinite().all() and (level >= 0).all() for level in levels)

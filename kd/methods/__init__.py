@@ -17,6 +17,7 @@ from kd.methods.drkd import DRKD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
 from kd.methods.pgd import PGD
+from kd.methods.pkd import PKD
 from kd.methods.ssim import SSIM
 from kd.methods.tid import TID
 
@@ -28,6 +29,7 @@ METHODS = {
     "ssim": SSIM,
     "drkd": DRKD,
     "tid": TID,
+    "pkd": PKD,
 }
 
 
