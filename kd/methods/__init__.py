@@ -13,6 +13,7 @@ from typing import get_args, get_origin
 
 from torch import nn
 
+from kd.methods.cwd import CWD
 from kd.methods.drkd import DRKD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
@@ -30,6 +31,7 @@ METHODS = {
     "drkd": DRKD,
     "tid": TID,
     "pkd": PKD,
+    "cwd": CWD,
 }
 
 
