@@ -17,6 +17,7 @@ from kd.methods.cwd import CWD
 from kd.methods.drkd import DRKD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
+from kd.methods.mgd import MGD
 from kd.methods.pgd import PGD
 from kd.methods.pkd import PKD
 from kd.methods.ssim import SSIM
@@ -32,6 +33,7 @@ METHODS = {
     "tid": TID,
     "pkd": PKD,
     "cwd": CWD,
+    "mgd": MGD,
 }
 
 
