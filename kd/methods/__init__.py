@@ -14,10 +14,13 @@ from typing import get_args, get_origin
 
 from torch import nn
 
+from kd.methods.cwd import CWD
 from kd.methods.drkd import DRKD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
+from kd.methods.mgd import MGD
 from kd.methods.pgd import PGD
+from kd.methods.pkd import PKD
 from kd.methods.ssim import SSIM
 from kd.methods.tid import TID
 
@@ -29,6 +32,9 @@ METHODS = {
     "ssim": SSIM,
     "drkd": DRKD,
     "tid": TID,
+    "pkd": PKD,
+    "cwd": CWD,
+    "mgd": MGD,
 }
 
 
