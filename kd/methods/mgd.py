@@ -24,8 +24,8 @@ alpha and mask_ratio are called alpha_mgd and lambda_mgd there.
 import torch
 from torch import Tensor, nn
 
-# alpha, mask_ratio and number of levels, finest first: reference code; FCOS, as RetinaNet, is ours.
-DEFAULTS = {"retinanet": (2e-5, 0.65, 5), "fcos": (2e-5, 0.65, 5), "faster_rcnn": (5e-7, 0.45, 4)}
+# alpha, mask_ratio and number of levels, finest first: reference code; FCOS and GFL, as RetinaNet, are ours.
+DEFAULTS = {**dict.fromkeys(("retinanet", "fcos", "gfl"), (2e-5, 0.65, 5)), "faster_rcnn": (5e-7, 0.45, 4)}
 
 
 def draw_mask(features: Tensor, mask_ratio: float) -> Tensor:
@@ -60,7 +60,7 @@ class MGD(nn.Module):
     """Distillation of FPN features by generating the teacher's from a masked student's.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default hyper-parameters and the number of levels.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default hyper-parameters and the number of levels.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.

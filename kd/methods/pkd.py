@@ -23,7 +23,8 @@ unbiased std and gives nan there; here it counts as a constant.
 
 from torch import Tensor, nn
 
-LOSS_WEIGHT = {"retinanet": 10.0, "fcos": 10.0, "faster_rcnn": 6.0}  # reference code; FCOS, as RetinaNet, is ours
+# Reference code; FCOS and GFL, as RetinaNet, are ours.
+LOSS_WEIGHT = {"retinanet": 10.0, "fcos": 10.0, "gfl": 10.0, "faster_rcnn": 6.0}
 LEVELS = 4  # the finest: reference code
 EPSILON = 1e-6  # reference code
 
@@ -62,7 +63,7 @@ class PKD(nn.Module):
     """Distillation of FPN features by their correlation.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weight.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default weight.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.

@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from kd.detectors import build_detector, check_pair, timm_name
@@ -204,8 +204,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     content = load(path)
     if isinstance(content, dict) and "arguments" in content:
-        return load_model(path)[0].state_dict()
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        return build_saved(content, path).state_dict()
+    if not is_state_dict(content):
         raise ValueError(f"{path} is neither a detector written by train.py nor a state_dict")
     return content
 
