@@ -78,8 +78,9 @@ def check(args: argparse.Namespace) -> str:
     """Return the mode, a key of FLAGS.
 
     Raises:
-        ValueError: the mode does not read a flag that was given or cannot run, or a number is out of range.
+        ValueError: the mode does not read a flag that was given or cannot run, or a number or device is not possible.
     """
+    check_machine(args)
     if Path(args.run).suffix == ".pt":
         raise ValueError(f"{args.run} is not a folder: give the folder of its run, {Path(args.run).parent}")
     modes = [f"--{name}" for name in ("explain", "predict", "export") if getattr(args, name)]
@@ -92,7 +93,6 @@ def check(args: argparse.Namespace) -> str:
         if value != defaults[name] and name not in ("device", *FLAGS[mode]):
             readers = ", ".join(other for other, flags in FLAGS.items() if name in flags)
             raise ValueError(f"--{name.replace('_', '-')} has no effect for {mode}, only for {readers}: leave it out")
-    check_machine(args)
     if not 0 <= args.score_threshold <= 1:
         raise ValueError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1")
     return mode

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kd.data import check_same_classes, open_dataset, summarize
 from kd.detectors import build_detector, check_pair, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
-from kd.evaluation import evaluate
+from kd.evaluation import evaluate, format_metrics
 from kd.methods import build_method
 from kd.run.arguments import plain_arguments, settle
 from kd.run.checkpoint import is_from_scratch, load_teacher, save_model, start_from
@@ -60,8 +60,8 @@ TEACHER_CHECK = 500  # validation images for the teacher's AP before training
 TEACHER_SCHEDULE = 4  # times the epochs of its student, for a teacher on the shapes: at equal epochs it is no better
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
-    """Train what the shapes need for comparison, then the requested detector; return COCO's twelve numbers."""
+def main(args: argparse.Namespace) -> dict:
+    """Train what the shapes need for comparison, then the requested detector; return its evaluation."""
     settle(args)
     output = Path(args.output)
     with locked(output):
@@ -98,8 +98,8 @@ def train_companions(args: argparse.Namespace) -> str:
     return str(Path(teacher.output) / "model.pt")
 
 
-def train(args: argparse.Namespace) -> dict[str, float]:
-    """Train, evaluate and save one detector; return COCO's twelve numbers."""
+def train(args: argparse.Namespace) -> dict:
+    """Train, evaluate and save one detector; return COCO's twelve numbers and AP_per_class."""
     device, output = init_distributed(args.device), Path(args.output)
     autocast = partial(torch.autocast, device.type, AMP[args.amp], enabled=args.amp != "off")
     if device.type == "cpu":
@@ -209,7 +209,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             share_buffers(student)
             metrics, detections = score(student, name=args.student)
             line |= {**metrics, "teacher_AP": results[0]["AP"] if teacher else None}
-            say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            say(f"epoch {epoch + 1}: {format_metrics(metrics)}")
             if rank() == 0:
                 draw_samples(val_set, {**shown, f"student {args.student}": detections}).save(output / "samples.png")
                 if several and metrics["AP"] > best_evaluation(output).get("AP", -math.inf):

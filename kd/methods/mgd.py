@@ -60,7 +60,7 @@ class MGD(nn.Module):
     """Distillation of FPN features by generating the teacher's from a masked student's.
 
     Args:
-        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default hyper-parameters and the number of levels.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the defaults and the number of levels.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.
