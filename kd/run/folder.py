@@ -6,6 +6,7 @@
 | log.jsonl | a line per epoch | losses, learning rate, speed, COCO's numbers if evaluated |
 | checkpoint.pt | each epoch and every ten minutes | everything needed to continue |
 | model.pt | at the end | the student alone: weights and how to build it |
+| lock | during training | the process that trains here |
 | samples.png | at each evaluation | ground truth, detections of the teacher and of the student |
 """
 
