@@ -1,4 +1,4 @@
-"""checkpoint.pt: a run continues from its own, and refuses others before anything has changed."""
+"""checkpoint.pt: a run continues from its own, and refuses others."""
 
 import pytest
 import torch
