@@ -20,7 +20,7 @@ from kd.data import class_names
 from kd.data.images import decode, orientation
 from kd.tools.samples import THRESHOLD, draw_detections
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")  # of photographs, by Pillow's names
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of photographs, by Pillow's names; its JPEG reads MPO too
 SMALLEST = 512  # pixels: smaller images are enlarged to this longest side, on which captions can be read
 
 
