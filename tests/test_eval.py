@@ -32,8 +32,8 @@ def test_modes(run):
         (("--predict", "a", "--workers", "2"), "--workers has no effect for --predict, only for a single run: leave"),
         (("--export", "a", "--predict", "b"), "--export has no effect for --predict, only for --export"),
         (("--explain", "1", "--predict", "b"), "--predict has no effect for --explain, only for --predict"),
-        (("--workers", "-1"), "--workers must be 0 or more"),
-        (("--score-threshold", "nan"), "--score-threshold from 0 to 1"),
+        (("--workers", "-1"), "--workers is -1: give a number from 0"),
+        (("--score-threshold", "nan"), "--score-threshold is nan: give a number from 0 to 1"),
     ],
 )
 def test_refused_for_a_run(run, words, message):
@@ -51,10 +51,6 @@ def test_refused_for_several_runs(run):
 
 
 def test_refused_by_the_parser(run, capsys):
-    for words, message in (
-        (("--curve", "x.png"), "unrecognized arguments: --curve"),
-        (("--device", "foo"), "invalid choice: 'foo'"),
-    ):
-        with pytest.raises(SystemExit):
-            mode(run, *words)
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mode(run, "--curve", "x.png")
+    assert "unrecognized arguments: --curve" in capsys.readouterr().err

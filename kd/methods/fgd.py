@@ -30,10 +30,11 @@ padding, which shifts them in padded images; here they are in place. Its student
 import torch
 from torch import Tensor, nn
 
-# T; foreground, background, attention and global weight; number of levels, finest first: reference code.
+# T; foreground, background, attention and global weight; number of levels, finest first: reference code; GFL is ours.
 DEFAULTS = {
     "retinanet": (0.5, 1e-3, 5e-4, 1e-3, 5e-6, 5),
     "fcos": (0.8, 1.6e-3, 8e-4, 8e-4, 8e-6, 5),
+    "gfl": (0.8, 1.6e-3, 8e-4, 8e-4, 8e-6, 5),
     "faster_rcnn": (0.5, 5e-5, 2.5e-5, 5e-5, 5e-7, 4),
 }
 
@@ -99,7 +100,7 @@ class FGD(nn.Module):
     """Focal and global distillation of FPN features.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default hyper-parameters and the number of levels.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the defaults and the number of levels.
         student_channels, teacher_channels: of the FPN.
         strides: of the levels, in pixels, finest first.
         temperature: T of the attentions.
