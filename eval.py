@@ -36,11 +36,11 @@ from kd.tools.table import collect, compare, format_table, pack
 
 # What each mode reads besides the run and --device.
 FLAGS = {
-    "a single run": ("val_images", "val_annotations", "workers", "score_threshold"),
+    "the evaluation of a run": ("val_images", "val_annotations", "workers", "score_threshold"),
     "--explain": ("explain", "teacher_weights", "val_images", "val_annotations"),
     "--predict": ("predict", "score_threshold"),
     "--export": ("export", "val_images", "val_annotations"),
-    "several runs": ("curves", "markdown", "pack"),
+    "the table of runs": ("curves", "markdown", "pack"),
 }
 COMPARED = 8  # images on which an exported file is compared with torch
 
@@ -70,8 +70,14 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """List several runs; or evaluate one, explain it, predict with it or export it."""
-    run = {"--explain": explain, "--predict": predict_images, "--export": export, "several runs": list_runs}
-    run.get(check(args), evaluate_run)(args)
+    functions = {
+        "the evaluation of a run": evaluate_run,
+        "--explain": explain,
+        "--predict": predict_images,
+        "--export": export,
+        "the table of runs": list_runs,
+    }
+    functions[check(args)](args)
 
 
 def check(args: argparse.Namespace) -> str:
@@ -87,12 +93,12 @@ def check(args: argparse.Namespace) -> str:
     single = (Path(args.run) / "model.pt").is_file()
     if modes and not single:
         raise ValueError(f"{modes[0]} needs a single run, but there is no {Path(args.run) / 'model.pt'}")
-    mode = modes[0] if modes else "a single run" if single else "several runs"
+    mode = modes[0] if modes else "the evaluation of a run" if single else "the table of runs"
     defaults = vars(parse_args([args.run]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in ("device", *FLAGS[mode]):
             readers = ", ".join(other for other, flags in FLAGS.items() if name in flags)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect for {mode}, only for {readers}: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {mode}, only on {readers}: leave it out")
     if not 0 <= args.score_threshold <= 1:
         raise ValueError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1")
     return mode

@@ -123,7 +123,8 @@ def test_files_that_are_not_images(tmp_path):
     error("empty", match="empty holds no file")
     (tmp_path / "empty" / "notes.txt").write_text("no image")
     error("empty", match="empty holds no image that can be read; the first file: .*notes.txt")
-    error("out", match="out is where the pictures are written to")
+    for place in ("out", "out/good.jpg"):
+        error(place, match="pictures are written to .*out and would overwrite images there")
 
 
 def test_from_a_model_alone(tmp_path, capsys):
