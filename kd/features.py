@@ -108,7 +108,10 @@ def _forward_dense(
 
     if targets is not None or needs & {"reg_tower", "bbox_regression", "anchors", "boxes"}:
         reg_tower = [_tower(regress.conv, level) for level in fpn]
-        deltas = [at_least_float32(regress.bbox_reg(blocks[-1])) for blocks in reg_tower]
+        layers = [regress.bbox_reg] * len(fpn)
+        if isinstance(regress.bbox_reg, nn.ModuleList):  # mmdetection's FCOS has one for each level
+            layers = regress.bbox_reg
+        deltas = [at_least_float32(layer(blocks[-1])) for layer, blocks in zip(layers, reg_tower)]
         if isinstance(detector, FCOS):
             deltas = [nn.functional.relu(level) for level in deltas]
         output.bbox_regression = [_per_anchor(level, 4) for level in deltas]
