@@ -1,77 +1,142 @@
-"""Evaluate a run, draw where its method looks, or list many runs.
+"""Evaluate a run, draw where its method looks, predict on images, export its student, or list many runs.
 
-python eval.py runs/frs-fcos-r101-r50    COCO's twelve numbers of the run's model.pt; draws samples.png
+python eval.py runs/frs-fcos-r101-r50    COCO's numbers of the run's model.pt, AP per class; draws samples.png
 python eval.py runs/frs-fcos-r101-r50 --explain 139 photo.jpg
                                          explain-139.png and explain-photo.png: the method's maps of two images
+python eval.py runs/frs-fcos-r101-r50 --predict photo.jpg folder
+                                         predictions/: the images with boxes, and detections.json in COCO's format
+python eval.py runs/frs-fcos-r101-r50 --export student.onnx
+                                         an ONNX file, compared with torch on images of the validation set
 python eval.py runs/                     a table of all runs in a folder
 python eval.py runs/ --curves ap.png     also a picture of their AP against epochs
 python eval.py runs/ --pack runs.jsonl   also a text file with a line per run, which can be given instead of a folder
 """
 
 import argparse
-import json
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from kd.data import DataError, class_names, open_dataset
-from kd.evaluation import evaluate
-from kd.features import forward_detector
+from kd.evaluation import METRICS, evaluate, format_classes
+from kd.run.arguments import check_machine
 from kd.run.checkpoint import load_distiller, load_model
+from kd.run.errors import one_line_errors
+from kd.run.folder import read_settings
 from kd.run.speed import keep_freed_memory
 from kd.tools.curves import draw_curves, read_curves
-from kd.tools.explain import draw_explanation
-from kd.tools.samples import draw_samples
+from kd.tools.explain import explain_image
+from kd.tools.export import compare_onnx, export_onnx
+from kd.tools.predict import predict
+from kd.tools.samples import THRESHOLD, draw_samples
 from kd.tools.table import collect, compare, format_table, pack
+
+# What each mode reads besides the run and --device.
+FLAGS = {
+    "a single run": ("val_images", "val_annotations", "workers", "score_threshold"),
+    "--explain": ("explain", "teacher_weights", "val_images", "val_annotations"),
+    "--predict": ("predict", "score_threshold"),
+    "--export": ("export", "val_images", "val_annotations"),
+    "several runs": ("curves", "markdown", "pack"),
+}
+COMPARED = 8  # images on which an exported file is compared with torch
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or a list of its words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("run", help="folder of a run or of several, or a file of --pack")
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
+    add("--predict", nargs="+", metavar="IMAGE", help="draw the detections on image files or folders of them")
+    add("--export", metavar="FILE", help="write the student as an ONNX file; needs the package onnx")
     add("--curves", metavar="FILE", help="draw AP against epochs of several runs, means over seeds")
     add("--markdown", action="store_true", help="print the table of several runs as Markdown")
-    add("--under", metavar="FOLDER", default="", help="list only runs whose folder begins with FOLDER")
     add("--pack", metavar="FILE", help="write several runs to a text file, a line each")
     add("--teacher-weights", help="for --explain: file of the teacher, instead of the one trained with")
     add("--val-images", help="folder, instead of the one trained with")
     add("--val-annotations", help="JSON file, instead of the one trained with")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add(
+        "--score-threshold", type=float, default=THRESHOLD, help="draw detections from this score, default: %(default)s"
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda (default, if any) or cpu")
     add("--workers", type=int, default=0, help="data loading processes")
     return parser.parse_args(words)
 
 
 def main(args: argparse.Namespace) -> None:
-    """List several runs, explain one, or evaluate it."""
+    """List several runs; or evaluate one, explain it, predict with it or export it."""
+    run = {"--explain": explain, "--predict": predict_images, "--export": export, "several runs": list_runs}
+    run.get(check(args), evaluate_run)(args)
+
+
+def check(args: argparse.Namespace) -> str:
+    """Return the mode, a key of FLAGS.
+
+    Raises:
+        ValueError: the mode does not read a flag that was given or cannot run, or a number or device is not possible.
+    """
+    check_machine(args)
+    if Path(args.run).suffix == ".pt":
+        raise ValueError(f"{args.run} is not a folder: give the folder of its run, {Path(args.run).parent}")
+    modes = [f"--{name}" for name in ("explain", "predict", "export") if getattr(args, name)]
+    single = (Path(args.run) / "model.pt").is_file()
+    if modes and not single:
+        raise ValueError(f"{modes[0]} needs a single run, but there is no {Path(args.run) / 'model.pt'}")
+    mode = modes[0] if modes else "a single run" if single else "several runs"
+    defaults = vars(parse_args([args.run]))
+    for name, value in vars(args).items():
+        if value != defaults[name] and name not in ("device", *FLAGS[mode]):
+            readers = ", ".join(other for other, flags in FLAGS.items() if name in flags)
+            raise ValueError(f"--{name.replace('_', '-')} has no effect for {mode}, only for {readers}: leave it out")
+    if not 0 <= args.score_threshold <= 1:
+        raise ValueError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1")
+    return mode
+
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Print COCO's numbers of a run's student on the validation set, and draw samples.png."""
+    folder, device = Path(args.run), torch.device(args.device)
+    detector, settings, dataset = open_run(args)
+    if device.type == "cpu":
+        keep_freed_memory()
+    options = {"batch_size": settings["batch_size"], "workers": args.workers, "name": folder.name}
+    metrics, detections = evaluate(detector.to(device), dataset, device, **options)
+    for name in METRICS:
+        print(f"{name:6}{metrics[name]:8.3f}" if metrics[name] >= 0 else f"{name:6}  no such objects")
+    print(f"\nAP per class\n{format_classes(metrics['AP_per_class'])}")
+    draw_samples(dataset, {folder.name: detections}, args.score_threshold).save(folder / "samples.png")
+
+
+def predict_images(args: argparse.Namespace) -> None:
+    """Draw the detections of a run's student on images; neither args.json nor the validation set is needed."""
     folder = Path(args.run)
-    if not (folder / "model.pt").exists():
-        list_runs(args)
-    elif args.explain:
-        explain(args)
-    else:
-        detector, settings, dataset = open_run(args)
-        device = torch.device(args.device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        options = {"batch_size": settings["batch_size"], "workers": args.workers, "name": folder.name}
-        metrics, detections = evaluate(detector.to(device), dataset, device, **options)
-        for name, value in metrics.items():
-            print(f"{name:6}{value:8.3f}")
-        draw_samples(dataset, {folder.name: detections}).save(folder / "samples.png")
+    detector, content = load_model(folder / "model.pt")
+    detector.to(args.device)
+    print(predict(detector, content["categories"], args.predict, folder / "predictions", args.score_threshold))
+    print(folder / "predictions")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a run's student as an ONNX file; compare it with torch where ONNX Runtime is installed."""
+    detector, _ = load_model(Path(args.run) / "model.pt")
+    export_onnx(detector, args.export)
+    print(f"{args.export}: image [3, height, width] in 0..1 -> boxes, scores, labels")
+    if find_spec("onnxruntime") is None or not (Path(args.run) / "args.json").exists():
+        print("not compared with torch: that needs args.json of the run and pip install onnxruntime")
+        return
+    _, _, dataset = open_run(args)
+    images = (dataset[index][0] for index in range(min(COMPARED, len(dataset))))
+    print(compare_onnx(detector, args.export, images))
 
 
 def list_runs(args: argparse.Namespace) -> None:
     """Print the table of several runs; draw their curves and pack them if asked."""
-    runs = [run for run in collect(Path(args.run)) if run["folder"].startswith(args.under)]
-    if not runs:
-        raise ValueError(f"{args.run} has no run under {args.under}")
+    runs = collect(Path(args.run))
     print(format_table(compare(runs), args.markdown))
     if args.curves:
         draw_curves(read_curves(runs)).save(args.curves)
@@ -87,7 +152,7 @@ def open_run(args: argparse.Namespace) -> tuple[nn.Module, dict, Dataset]:
     """
     folder = Path(args.run)
     detector, content = load_model(folder / "model.pt")
-    settings = json.loads((folder / "args.json").read_text())
+    settings = read_settings(folder)
     dataset = open_dataset(
         args.val_images or settings["val_images"],
         args.val_annotations or settings["val_annotations"],
@@ -100,73 +165,20 @@ def open_run(args: argparse.Namespace) -> tuple[nn.Module, dict, Dataset]:
     return detector, settings, dataset
 
 
-@torch.no_grad()
 def explain(args: argparse.Namespace) -> None:
-    """Draw where the method of a run looks on each image, and print the path of the picture.
-
-    Raises:
-        ValueError: the run has no method or lacks a file, an image does not exist, or the method needs ground truth
-            that is unknown.
-    """
-    folder, device = Path(args.run), torch.device(args.device)
+    """Draw where the method of a run looks on each image, and print the path of the picture."""
+    folder = Path(args.run)
     student, settings, dataset = open_run(args)
     distiller = load_distiller(folder, settings, student, dataset.categories, args.teacher_weights)
-    distiller.teacher.to(device)
-    distiller.to(device)
-    method, names = distiller.method, class_names(dataset.categories)
+    distiller.teacher.to(args.device)
+    distiller.to(args.device)
     for name in args.explain:
-        image, target = find_image(name, dataset)
-        known = [{key: target[key].to(device) for key in ("boxes", "labels")}] if target else None
-        images, targets = student.transform([image.to(device)], known)
-        output, _ = forward_detector(student, images, needs=method.needs)
-        try:
-            maps = method.maps(output, distiller.run_teacher(images), targets or [{}])
-        except KeyError as error:
-            if error.args != ("boxes",):
-                raise
-            raise ValueError(
-                f"{settings['method']} needs ground-truth boxes, which are unknown for {name}: give the id or the file "
-                "of an image in the validation set"
-            ) from error
-        path, title = folder / f"explain-{Path(name).stem}.png", f"{folder.name}, image {Path(name).name}"
-        size = images.image_sizes[0]
-        draw_explanation(title, image, target, names, maps, student.backbone.strides, size).save(path)
+        path = folder / f"explain-{Path(name).stem}.png"
+        title = f"{folder.name}, method {settings['method']}, image {Path(name).name}"
+        explain_image(distiller, name, dataset, title).save(path)
         print(path)
 
 
-def find_image(name: str, dataset: Dataset) -> tuple[Tensor, dict]:
-    """Return an image [3, h, w] in 0..1 and its target, which is empty if the data set does not have it.
-
-    Args:
-        name: path of a file, or id of an image in the data set. A file with the name and size of an image in the data
-            set is taken for that image.
-        dataset: the validation set.
-
-    Raises:
-        ValueError: it is neither an image file nor an id.
-    """
-    entries = dataset.coco()["images"]
-    if not Path(name).is_file():
-        ids = [str(entry["id"]) for entry in entries]
-        if name not in ids:
-            some = ", ".join(ids[:3])
-            raise ValueError(f"{name} is neither a file nor an image id of the validation set (ids: {some}, ...)")
-        return dataset[ids.index(name)]
-    try:
-        with Image.open(name) as file:
-            image = pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB")) / 255
-    except OSError as error:
-        raise ValueError(f"{name} is not an image that can be read: {error}") from error
-    for index, entry in enumerate(entries):
-        if Path(entry.get("file_name", "")).name == Path(name).name:
-            known, target = dataset[index]
-            if known.shape == image.shape:
-                return known, target
-    return image, {}
-
-
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data import check_same_classes, open_dataset
+from kd.data import check_same_classes, open_dataset, summarize
 from kd.detectors import build_detector, check_pair, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
-from kd.evaluation import evaluate
+from kd.evaluation import evaluate, format_metrics
 from kd.methods import build_method
 from kd.run.arguments import plain_arguments, settle
 from kd.run.checkpoint import is_from_scratch, load_teacher, save_model, start_from
@@ -36,6 +36,8 @@ from kd.run.distributed import (
     share_buffers,
     world_size,
 )
+from kd.run.errors import one_line_errors
+from kd.run.files import locked
 from kd.run.folder import (
     append_log,
     best_evaluation,
@@ -53,21 +55,22 @@ from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
 from kd.tools.samples import draw_samples
 
 RATIO_BATCHES = 10  # of each process, to compare the losses before training
-AUTO_RATIO = 0.3  # of each distillation loss to the detection loss before training, with --distill-weight auto
+AUTO_RATIO = 1.0  # of all distillation losses to the detection losses before training, with --distill-weight auto
 TEACHER_CHECK = 500  # validation images for the teacher's AP before training
 TEACHER_SCHEDULE = 4  # times the epochs of its student, for a teacher on the shapes: at equal epochs it is no better
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
-    """Train what the shapes need for comparison, then the requested detector; return COCO's twelve numbers."""
+def main(args: argparse.Namespace) -> dict:
+    """Train what the shapes need for comparison, then the requested detector; return its evaluation."""
     settle(args)
     output = Path(args.output)
-    if is_finished(output):
-        say(f"{output} is finished")
-        return read_evaluations(output)[-1]
-    if args.method != "none" and args.teacher_weights is None:
-        args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
-    return train(args)
+    with locked(output):
+        if is_finished(output):
+            say(f"{output} is finished")
+            return read_evaluations(output)[-1]
+        if args.method != "none" and args.teacher_weights is None:
+            args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
+        return train(args)
 
 
 def train_companions(args: argparse.Namespace) -> str:
@@ -86,16 +89,17 @@ def train_companions(args: argparse.Namespace) -> str:
     teacher.student_weights = None
     for companion in (teacher, plain_arguments(args, "none", args.student, args.epochs)):
         folder = Path(companion.output)
-        if is_finished(folder):
-            check_same_run(folder, describe(companion))
-        else:
-            say(f"training {folder.name} first; later runs use it again")
-            train(companion)
+        with locked(folder):
+            if is_finished(folder):
+                check_same_run(folder, describe(companion))
+            else:
+                say(f"training {folder.name} first; later runs use it again")
+                train(companion)
     return str(Path(teacher.output) / "model.pt")
 
 
-def train(args: argparse.Namespace) -> dict[str, float]:
-    """Train, evaluate and save one detector; return COCO's twelve numbers."""
+def train(args: argparse.Namespace) -> dict:
+    """Train, evaluate and save one detector; return COCO's twelve numbers and AP_per_class."""
     device, output = init_distributed(args.device), Path(args.output)
     autocast = partial(torch.autocast, device.type, AMP[args.amp], enabled=args.amp != "off")
     if device.type == "cpu":
@@ -106,7 +110,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     train_set = open_dataset(args.train_images, args.train_annotations, size, True, args.seed, skip)
     val_set = open_dataset(args.val_images, args.val_annotations, size, False, args.seed, skip)
     check_same_classes(train_set, val_set)
-    say(f"training on {train_set.summary}\nvalidating on {val_set.summary}")
+    say(summarize(train_set, val_set))
     images_per_step = args.batch_size * args.accumulate * world_size()
     steps_per_epoch = len(train_set) // images_per_step
     if steps_per_epoch == 0:
@@ -205,7 +209,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             share_buffers(student)
             metrics, detections = score(student, name=args.student)
             line |= {**metrics, "teacher_AP": results[0]["AP"] if teacher else None}
-            say(f"epoch {epoch + 1}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            say(f"epoch {epoch + 1}: {format_metrics(metrics)}")
             if rank() == 0:
                 draw_samples(val_set, {**shown, f"student {args.student}": detections}).save(output / "samples.png")
                 if several and metrics["AP"] > best_evaluation(output).get("AP", -math.inf):
@@ -256,16 +260,17 @@ def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -
 
 
 def term_weights(weight: float | str, ratios: dict[str, float]) -> dict[str, float]:
-    """Return the factor of each distillation loss: the same number, or, for "auto", what brings it to a ratio.
+    """Return the factor of each distillation loss.
 
     Args:
-        weight: a number, "auto" or "auto:RATIO".
+        weight: a number for all; or "auto" or "auto:RATIO", with which they start at AUTO_RATIO or RATIO times the
+            detection losses together, in equal shares.
         ratios: of each loss to the detection losses, before training. One that is zero is left alone.
     """
     if isinstance(weight, float):
         return dict.fromkeys(ratios, weight)
-    wanted = float(weight.removeprefix("auto").removeprefix(":") or AUTO_RATIO)
-    return {name: wanted / ratio if ratio else 1.0 for name, ratio in ratios.items()}
+    share = float(weight.removeprefix("auto").removeprefix(":") or AUTO_RATIO) / len(ratios)
+    return {name: share / ratio if ratio else 1.0 for name, ratio in ratios.items()}
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], iterations: int, images_per_step: int):
@@ -289,10 +294,5 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ite
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()

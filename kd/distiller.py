@@ -13,6 +13,10 @@ from kd.features import DetectorOutput, forward_detector
 PATIENCE = 50  # steps in which a distillation loss must have been above zero once
 
 
+class TrainingError(RuntimeError):
+    """Training that must not go on. The message says what is wrong, where, and what to do."""
+
+
 class Distiller(nn.Module):
     """Compute the detection losses of a student and, given a teacher and a method, the distillation losses.
 
@@ -112,7 +116,7 @@ def check_terms(distiller: Distiller, images: list[Tensor], targets: list[dict[s
         The names of the terms that are zero on these images.
 
     Raises:
-        RuntimeError: all terms are zero, or one does not depend on the student: wrong weights, features of the wrong
+        TrainingError: all terms are zero, or one does not depend on the student: wrong weights, features of the wrong
             network or a detached tensor. The message names the term.
     """
     distiller.eval()
@@ -123,16 +127,16 @@ def check_terms(distiller: Distiller, images: list[Tensor], targets: list[dict[s
 
     zero = [name for name, loss in losses.items() if loss.item() == 0]
     if len(zero) == len(losses):
-        raise RuntimeError(f"{', '.join(zero)} is zero: teacher and student agree exactly, or nothing is compared")
+        raise TrainingError(f"{', '.join(zero)} is zero: teacher and student agree exactly, or nothing is compared")
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
     for name in losses.keys() - set(zero):
         loss = losses[name]
         if not loss.requires_grad:
-            raise RuntimeError(f"{name} = {loss.item():.4g} has no gradient: it does not depend on the student")
+            raise TrainingError(f"{name} = {loss.item():.4g} has no gradient: it does not depend on the student")
         relative = loss / loss.detach()  # the gradient of a tiny weight would underflow in half precision
         gradients = torch.autograd.grad(relative, parameters, retain_graph=True, allow_unused=True)
         if not any(g is not None and (g != 0).any() for g in gradients):
-            raise RuntimeError(f"{name} = {loss.item():.4g} sends no gradient to any parameter of the student")
+            raise TrainingError(f"{name} = {loss.item():.4g} sends no gradient to any parameter of the student")
     return zero
 
 
@@ -167,11 +171,11 @@ def check_not_zero(distillation: dict[str, float], steps: int) -> None:
         steps: of the epoch; with fewer than PATIENCE nothing is checked.
 
     Raises:
-        RuntimeError: names the losses.
+        TrainingError: names the losses.
     """
     zero = [name for name, value in distillation.items() if value == 0]
     if zero and steps >= PATIENCE:
-        raise RuntimeError(
+        raise TrainingError(
             f"{', '.join(zero)} was zero in all of {steps} steps: check the teacher. To leave a term out on purpose, "
             "give it a tiny weight such as 1e-9 instead of 0"
         )

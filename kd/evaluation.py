@@ -5,6 +5,8 @@ Scored by faster-coco-eval where it is installed, which returns the same numbers
 
 import contextlib
 import io
+import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -37,8 +39,8 @@ def evaluate(
     workers: int = 0,
     limit: int | None = None,
     name: str = "detector",
-) -> tuple[dict[str, float], Detections]:
-    """Return COCO's twelve numbers of a detector on a data set, and its detections.
+) -> tuple[dict, Detections]:
+    """Return COCO's numbers of a detector on a data set, and its detections.
 
     Under torchrun every process runs on its share of the images, and all return the numbers of the whole.
 
@@ -50,6 +52,10 @@ def evaluate(
         workers: data loading processes.
         limit: evaluate on the first images only.
         name: shown on the progress bar.
+
+    Returns:
+        COCO's twelve numbers by name, as from `coco_metrics`, and "AP_per_class", as from `ap_per_class`; and the
+        detections.
     """
     grouped = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
@@ -60,7 +66,9 @@ def evaluate(
         shares = [{}] * world_size
         distributed.all_gather_object(shares, detections)
         detections = {image_id: found for share in shares for image_id, found in share.items()}
-    return coco_metrics(detections, dataset.coco(), dataset.categories), detections
+    evaluation = coco_evaluation(detections, dataset.coco(), dataset.categories)
+    metrics = dict(zip(METRICS, evaluation.stats.tolist()))
+    return {**metrics, "AP_per_class": ap_per_class(evaluation, dataset.categories)}, detections
 
 
 @torch.inference_mode()
@@ -76,7 +84,12 @@ def detect(detector: nn.Module, loader: DataLoader, device: torch.device) -> Det
 
 
 def coco_metrics(detections: Detections, coco: dict, categories: dict[int, dict]) -> dict[str, float]:
-    """Return COCO's twelve numbers, in 0..1, or -1 without ground truth of that size; all 0 without detections.
+    """Return COCO's twelve numbers, in 0..1, or -1 without objects of that size; arguments of `coco_evaluation`."""
+    return dict(zip(METRICS, coco_evaluation(detections, coco, categories).stats.tolist()))
+
+
+def coco_evaluation(detections: Detections, coco: dict, categories: dict[int, dict]) -> COCOeval:
+    """Return the evaluation of detections, with its numbers summarised.
 
     Args:
         detections: only these images count, including those without detections.
@@ -94,14 +107,58 @@ def coco_metrics(detections: Detections, coco: dict, categories: dict[int, dict]
     rows = np.column_stack([image_ids, boxes[:, :2], extents, scores])[known]
     rows = np.column_stack([rows, category_ids])
     with contextlib.redirect_stdout(io.StringIO()):  # both packages print their progress
-        truth = COCO()
-        truth.dataset = coco
-        truth.createIndex()
-        if len(rows) == 0:  # loadRes rejects an empty list
-            return dict.fromkeys(METRICS, 0.0)
-        evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
+        truth = index(coco)
+        found = truth.loadRes(rows) if len(rows) else index({**coco, "annotations": []})  # loadRes rejects no rows
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.imgIds = sorted(detections)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(METRICS, evaluation.stats.tolist()))
+    return evaluation
+
+
+def index(coco: dict) -> COCO:
+    """Return annotations in COCO's format as the scorer's object."""
+    indexed = COCO()
+    indexed.dataset = coco
+    indexed.createIndex()
+    return indexed
+
+
+def ap_per_class(evaluation: COCOeval, categories: dict[int, dict]) -> dict[str, float]:
+    """Return the AP of each class by its name, -1 for a class without objects; equal names are told apart by id.
+
+    Args:
+        evaluation: from `coco_evaluation`.
+        categories: COCO category of each label.
+    """
+    # IoU thresholds x recalls x classes, of objects of any size and 100 detections; all -1 for a class without objects.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    AP = dict(zip(evaluation.params.catIds, precision.mean(axis=(0, 1)).tolist()))
+    times = Counter(category["name"] for category in categories.values())
+    return {
+        c["name"] if times[c["name"]] == 1 else f"{c['name']} (id {c['id']})": AP[c["id"]] for c in categories.values()
+    }
+
+
+def format_metrics(metrics: dict) -> str:
+    """Return COCO's twelve numbers as one line, which ends with the names of those without objects."""
+    absent = [name for name in METRICS if metrics[name] < 0]
+    numbers = [f"{name} {metrics[name]:.3f}" for name in METRICS if name not in absent]
+    return "  ".join([*numbers, *([f"(no such objects: {', '.join(absent)})"] if absent else [])])
+
+
+def format_classes(AP: dict[str, float], width: int = 100) -> str:
+    """Return the AP of classes as columns of text, the best first; classes without objects form the last line.
+
+    Args:
+        AP: by class, from `ap_per_class`.
+        width: of a line, in characters.
+    """
+    names = sorted((name for name in AP if AP[name] >= 0), key=lambda name: -AP[name])
+    longest = max(map(len, names), default=0)
+    cells = [f"{name:{longest}}{AP[name]:8.3f}" for name in names]
+    rows = math.ceil(len(cells) / max(width // (longest + 12), 1))
+    lines = ["    ".join(cells[row::rows]) for row in range(rows)]
+    absent = [name for name in AP if AP[name] < 0]
+    return "\n".join([*lines, *([f"no such objects: {', '.join(absent)}"] if absent else [])])

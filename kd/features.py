@@ -20,14 +20,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from kd.detectors.backbone import at_least_float32
+from kd.detectors.gfl import GFL, distances
 
 
 @dataclass
 class DetectorOutput:
     """What a detector computed for one batch. Lists run over pyramid levels, finest first.
 
-    FCOS and RetinaNet have levels P3..P7 and two towers. For Faster R-CNN, with levels P2..P6, everything comes from
-    the RPN: its shared convolution stands for both towers, objectness (K = 1) for the class logits.
+    FCOS, GFL and RetinaNet have levels P3..P7 and two towers. For Faster R-CNN, with levels P2..P6, everything comes
+    from the RPN: its shared convolution stands for both towers, objectness (K = 1) for the class logits.
 
     All tensors are float32, except the towers, which keep the dtype of autocast. What was not computed is None.
 
@@ -38,7 +39,8 @@ class DetectorOutput:
         reg_tower: the same for the regression tower.
         cls_logits: [N, A, K, H, W].
         bbox_regression: [N, A, 4, H, W], as torchvision's head returns it: left, top, right, bottom in strides for
-            FCOS, otherwise the deltas of torchvision's BoxCoder.
+            FCOS and GFL, otherwise the deltas of torchvision's BoxCoder.
+        edge_logits: GFL's distributions of these four distances, [N, A, 4, BINS, H, W].
         anchors: [A, 4, H, W], xyxy pixels of the padded input, centred on the positions. torchvision places them every
             (image size // map size) pixels, which is less than the stride where the stride does not divide the image.
         box_coder: torchvision's, decodes `bbox_regression`.
@@ -49,6 +51,7 @@ class DetectorOutput:
     reg_tower: list[list[Tensor]] | None = None
     cls_logits: list[Tensor] | None = None
     bbox_regression: list[Tensor] | None = None
+    edge_logits: list[Tensor] | None = None
     anchors: list[Tensor] | None = None
     box_coder: object = None
 
@@ -94,7 +97,7 @@ def forward_detector(
 def _forward_dense(
     detector: FCOS | RetinaNet, images: ImageList, targets: list[dict[str, Tensor]] | None, needs: set[str]
 ) -> tuple[DetectorOutput, dict[str, Tensor]]:
-    """Follow FCOS.forward and RetinaNet.forward."""
+    """Follow FCOS.forward, which is GFL's too, and RetinaNet.forward."""
     classify, regress = detector.head.classification_head, detector.head.regression_head
     fpn = list(detector.backbone(images.tensors).values())
     output, head_outputs = DetectorOutput(fpn), {}
@@ -106,13 +109,19 @@ def _forward_dense(
         output.cls_tower = cls_tower if "cls_tower" in needs else None
         head_outputs["cls_logits"] = _flatten(output.cls_logits)
 
-    if targets is not None or needs & {"reg_tower", "bbox_regression", "anchors", "boxes"}:
+    if targets is not None or needs & {"reg_tower", "bbox_regression", "edge_logits", "anchors", "boxes"}:
         reg_tower = [_tower(regress.conv, level) for level in fpn]
-        layers = [regress.bbox_reg] * len(fpn)
-        if isinstance(regress.bbox_reg, nn.ModuleList):  # mmdetection's FCOS has one for each level
-            layers = regress.bbox_reg
-        deltas = [at_least_float32(layer(blocks[-1])) for layer, blocks in zip(layers, reg_tower)]
-        if isinstance(detector, FCOS):
+        if isinstance(detector, GFL):
+            edges = [at_least_float32(regress.edge_logits(b[-1], level)) for level, b in enumerate(reg_tower)]
+            deltas = [distances(level.movedim(2, -1)) for level in edges]
+            output.edge_logits = [level.unsqueeze(1) for level in edges]
+            head_outputs["edge_logits"] = torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 2) for level in edges], 1)
+        else:
+            layers = [regress.bbox_reg] * len(fpn)
+            if isinstance(regress.bbox_reg, nn.ModuleList):  # mmdetection's FCOS has one for each level
+                layers = regress.bbox_reg
+            deltas = [at_least_float32(layer(blocks[-1])) for layer, blocks in zip(layers, reg_tower)]
+        if type(detector) is FCOS:
             deltas = [nn.functional.relu(level) for level in deltas]
         output.bbox_regression = [_per_anchor(level, 4) for level in deltas]
         output.reg_tower = reg_tower if "reg_tower" in needs else None
@@ -125,8 +134,9 @@ def _forward_dense(
         return output, {}
     if isinstance(detector, RetinaNet):
         return output, detector.compute_loss(targets, head_outputs, anchors)
-    centerness = [at_least_float32(regress.bbox_ctrness(blocks[-1])) for blocks in reg_tower]
-    head_outputs["bbox_ctrness"] = _flatten([_per_anchor(level, 1) for level in centerness])
+    if type(detector) is FCOS:
+        centerness = [at_least_float32(regress.bbox_ctrness(blocks[-1])) for blocks in reg_tower]
+        head_outputs["bbox_ctrness"] = _flatten([_per_anchor(level, 1) for level in centerness])
     anchors_per_level = [level.shape[2] * level.shape[3] for level in fpn]
     return output, detector.compute_loss(targets, head_outputs, anchors, anchors_per_level)
 

@@ -201,7 +201,7 @@ def check(folder, content: bytes, skip_bad_images: bool) -> bool:
     try:
         dataset = CocoFolder(folder, folder / "instances.json", augmentation(True), skip_bad_images=skip_bad_images)
     except DataError as error:
-        assert str(folder) in str(error) and str(error).encode()
+        assert str(folder / "instances.json") in str(error) and str(error).encode()
         return False
     found = {}
     for image, target in (dataset[i] for i in range(len(dataset))):

@@ -10,7 +10,15 @@ from pycocotools.cocoeval import COCOeval
 from kd import evaluation
 from kd.data.shapes import Shapes
 from kd.data.transforms import augmentation
-from kd.evaluation import METRICS, coco_metrics, evaluate
+from kd.evaluation import (
+    METRICS,
+    ap_per_class,
+    coco_evaluation,
+    coco_metrics,
+    evaluate,
+    format_classes,
+    format_metrics,
+)
 from kd.tools.benchmark import random_detections
 
 
@@ -37,7 +45,8 @@ def test_wrong_labels_and_no_detections(truth):
     wrong = {i: {**d, "labels": d["labels"] % 4 + 1} for i, d in perfect.items()}
     assert coco_metrics(wrong, dataset.coco(), dataset.categories)["AP"] < 0.3
     nothing = {i: {k: v[:0] for k, v in d.items()} for i, d in perfect.items()}
-    assert coco_metrics(nothing, dataset.coco(), dataset.categories)["AP"] == 0
+    metrics = coco_metrics(nothing, dataset.coco(), dataset.categories)
+    assert metrics == {name: -1 if name in ("AP_L", "AR_L") else 0 for name in METRICS}  # pictures of 64x64 pixels
 
 
 def test_boxes_moved_by_a_quarter(truth):
@@ -79,18 +88,51 @@ def test_detections_in_a_crowd_do_not_count(iscrowd, AP50):
     assert coco_metrics(found, coco, {1: categories[0]})["AP50"] == pytest.approx(AP50)
 
 
+def test_ap_per_class():
+    """One class is found, one is found on another place, one has no objects; their mean without the last is AP."""
+    box = [10, 10, 20, 20]
+    objects = [{"id": i, "image_id": 1, "category_id": i, "bbox": box, "area": 400, "iscrowd": 0} for i in (3, 5)]
+    categories = {1: {"id": 5, "name": "found"}, 2: {"id": 3, "name": "missed"}, 3: {"id": 4, "name": "absent"}}
+    coco = {"images": [{"id": 1}], "annotations": objects, "categories": list(categories.values())}
+    boxes = torch.tensor([[10.0, 10, 30, 30], [60, 60, 80, 80]])
+    found = {1: {"boxes": boxes, "scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([1, 2])}}
+    evaluation = coco_evaluation(found, coco, categories)
+    assert ap_per_class(evaluation, categories) == pytest.approx({"found": 1, "missed": 0, "absent": -1})
+    assert evaluation.stats[0] == pytest.approx(0.5)
+    categories[2]["name"] = "found"
+    assert ap_per_class(evaluation, categories) == pytest.approx({"found (id 5)": 1, "found (id 3)": 0, "absent": -1})
+
+
+def test_text_of_the_numbers():
+    """Numbers without objects are named instead of printed as -1; classes fill columns of the given width."""
+    metrics = {**dict.fromkeys(METRICS, 0.25), "AP_L": -1.0, "AR_L": -1.0, "AP_per_class": {}}
+    line = format_metrics(metrics)
+    assert line.startswith("AP 0.250  AP50 0.250") and line.endswith("AR_M 0.250  (no such objects: AP_L, AR_L)")
+    assert "no such" not in format_metrics({name: abs(metrics[name]) for name in METRICS})
+    AP = {"dog": 0.1, "bird": -1.0, "cat": 0.5, "person": 0.3, "cow": -1.0}
+    assert format_classes(AP, width=40) == (
+        "cat      0.500    dog      0.100\nperson   0.300\nno such objects: bird, cow"
+    )
+    assert format_classes(dict.fromkeys(["bird", "cow"], -1.0)) == "no such objects: bird, cow"
+    many = format_classes({f"class {number}": number / 100 for number in range(80)})
+    assert len(many.splitlines()) <= 20 and max(map(len, many.splitlines())) <= 100
+
+
 def test_both_scorers_agree(monkeypatch):
-    """Detections of every quality, in a crowd too: twelve numbers from faster-coco-eval are those of pycocotools."""
+    """Detections of every quality, in a crowd too: the numbers of faster-coco-eval are those of pycocotools."""
     faster = pytest.importorskip("faster_coco_eval")
     torch.manual_seed(0)
     detections, coco, categories = random_detections(images=20, each=50, boxes=7)
     for annotation in coco["annotations"][::5]:
         annotation["iscrowd"] = 1
-    numbers = []
+    numbers, classes = [], []
     for truth, scorer in ((faster.COCO, faster.COCOeval_faster), (COCO, COCOeval)):
         monkeypatch.setattr(evaluation, "COCO", truth)
         monkeypatch.setattr(evaluation, "COCOeval", scorer)
-        numbers.append(coco_metrics(detections, copy.deepcopy(coco), categories))
+        scored = coco_evaluation(detections, copy.deepcopy(coco), categories)
+        numbers.append(dict(zip(METRICS, scored.stats.tolist())))
+        classes.append(ap_per_class(scored, categories))
+    assert classes[0] == pytest.approx(classes[1], abs=1e-12)
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-12) and 0 < numbers[1]["AP"] < numbers[1]["AP50"] < 1
 
 

@@ -88,7 +88,7 @@ def test_boxes_equal_torchvision_decoding(batch, detector, monkeypatch):
             features = list(model.backbone(images.tensors).values())
             deltas = model.head(features)["bbox_regression"]
             anchors = torch.stack(model.anchor_generator(images, features))
-            decode = model.box_coder.decode if detector == "fcos" else model.box_coder.decode_single
+            decode = model.box_coder.decode if detector in ("fcos", "gfl") else model.box_coder.decode_single
             expected = decode(deltas.reshape(-1, 4), anchors.reshape(-1, 4)).reshape(len(deltas), -1, 4)
     ours = torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 3) for level in output.boxes], dim=1)
     assert torch.equal(ours, expected)

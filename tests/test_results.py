@@ -1,9 +1,7 @@
-"""The tables of results are what kd/methods/runs.jsonl says: the settings and log of every run, one per line."""
+"""The tables of results are what the files in kd/methods/runs say: the settings and log of every run, one per line."""
 
 import re
 from pathlib import Path
-
-import pytest
 
 from kd.tools.table import COLUMNS, collect, compare, format_table
 
@@ -11,28 +9,23 @@ ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "kd" / "methods"
 
 
-@pytest.fixture(scope="module")
-def runs() -> list[dict]:
-    return collect(METHODS / "runs.jsonl")
+def runs(section: str) -> list[dict]:
+    return collect(METHODS / "runs" / f"{section}.jsonl")
 
 
-def under(runs: list[dict], folder: str) -> list[dict]:
-    return [run for run in runs if run["folder"].startswith(folder)]
-
-
-def test_whole_tables(runs):
-    """RESULTS.md has every row of every folder, under the heading with what the rows share."""
+def test_whole_tables():
+    """RESULTS.md has every row of every file, under the heading with what the rows share."""
     text = (METHODS / "RESULTS.md").read_text()
-    shown = re.findall(r"eval\.py kd/methods/runs\.jsonl --under (\S+) --markdown", text)
-    assert shown and all(any(run["folder"].startswith(folder) for folder in shown) for run in runs)
-    for folder in shown:
-        for line in format_table(compare(under(runs, folder)), markdown=True).splitlines():
-            assert line in text, f"{folder}: {line}"
+    shown = re.findall(r"eval\.py kd/methods/runs/(\S+)\.jsonl --markdown", text)
+    assert sorted(shown) == sorted(file.stem for file in (METHODS / "runs").iterdir())
+    for section in shown:
+        for line in format_table(compare(runs(section)), markdown=True).splitlines():
+            assert line in text, f"{section}: {line}"
 
 
-def test_gains_of_the_readme(runs):
+def test_gains_of_the_readme():
     """The column "gain here" is that of the default setting on FCOS."""
-    rows = [dict(zip(COLUMNS, row)) for row in compare(under(runs, "shapes/"))]
+    rows = [dict(zip(COLUMNS, row)) for row in compare(runs("shapes"))]
     rows = {row["method"]: row for row in rows if row["detector"] == "fcos" and row["student"] in ("r18", "r34 -> r18")}
     text = (ROOT / "README.md").read_text()
     assert f"over the plain student's {rows['none']['AP']}" in text.replace("\n", " ")
@@ -41,21 +34,21 @@ def test_gains_of_the_readme(runs):
         assert f" {rows[method]['gain']} " in line, method
 
 
-def test_first_command(runs):
+def test_first_command():
     """The README shows what the run of seed 0 printed."""
     text = (ROOT / "README.md").read_text()
     args = {"frs": "frs r50", "teacher": "teacher r101", "none": "plain r50"}
-    for run in under(runs, "first/"):
+    for run in runs("first"):
         if run["args"]["seed"] == 0:
-            name = args[run["folder"].split("/")[1].split("-")[0]]
+            name = args[run["folder"].split("-")[0]]
             numbers = "   ".join(f"{run['log'][-1][key]:.3f}" for key in ("AP", "AP50", "AP75"))
             assert re.search(rf"{name} +{numbers}", text), name
 
 
-def test_ratios(runs):
+def test_ratios():
     """The table of ratios in kd/methods/README.md is that of seed 0 in the default setting."""
     text = (METHODS / "README.md").read_text()
-    for run in under(runs, "shapes/"):
+    for run in runs("shapes"):
         args, ratios = run["args"], run["log"][-1]["ratio_to_detection"]
         if args["seed"] == 0 and ratios and not args["inherit"] and args["distill_weight"] == 1 and not args["set"]:
             cell = ", ".join(f"{name.split('_')[2]} {value:.2g}" for name, value in ratios.items())

@@ -201,8 +201,10 @@ def test_exact_anchors(detector):
     (anchors,) = generator(image, maps)
     per_position = generator.num_anchors_per_location()[0]
     level = anchors.split([H * W * per_position for H, W in sizes])[1].view(3, 4, per_position, 4)
-    if detector == "fcos":  # [0, stride] around the centre of the stride
+    if detector == "fcos":  # one stride wide around its centre
         expected = torch.tensor([[3.0, 2.0, 4.0, 3.0]]) * stride
+    elif detector == "gfl":  # around its corner
+        expected = torch.tensor([[2.5, 1.5, 3.5, 2.5]]) * stride
     else:
         factors = [4 * 2 ** (k / 3) for k in range(3)] if detector == "retinanet" else [8]
         half = [(s * stride / ratio**0.5 / 2, s * stride * ratio**0.5 / 2) for ratio in (0.5, 1, 2) for s in factors]

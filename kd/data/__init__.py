@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from kd.data.batches import collate, group_batches
 from kd.data.coco import DataError
 from kd.data.folder import CocoFolder
+from kd.data.images import open_image
 from kd.data.shapes import Shapes
 from kd.data.transforms import augmentation
 
@@ -42,6 +43,20 @@ def open_dataset(
     return Shapes(count, picture_seed, image_size[0], augmentation(train), seed)
 
 
+def summarize(train_set: Dataset, val_set: Dataset) -> str:
+    """Return the summaries of training and validation set, and a warning if they share image files."""
+    lines = [f"training on {train_set.summary}", f"validating on {val_set.summary}"]
+    sets = [dataset for dataset in (train_set, val_set) if isinstance(dataset, CocoFolder)]
+    files = [{dataset.folder.resolve() / image["file_name"] for image in dataset.images} for dataset in sets]
+    shared = sorted(set.intersection(*files)) if files else []
+    if shared:
+        lines.append(
+            f"warning: {len(shared)} of {len(val_set)} validation images are also training images, first {shared[0]}: "
+            "AP will be too high"
+        )
+    return "\n".join(lines)
+
+
 def class_names(categories: dict[int, dict]) -> dict[int, str]:
     """Return the name of each label."""
     return {label: category["name"] for label, category in categories.items()}
@@ -64,4 +79,6 @@ __all__ = [
     "collate",
     "group_batches",
     "open_dataset",
+    "open_image",
+    "summarize",
 ]

@@ -38,9 +38,10 @@ class CocoFolder(Dataset):
 
     How imperfect data is handled:
 
-    - A file that is missing, not an image, truncated, or of another size than annotated is an error, or left out with
-      skip_bad_images. A JPEG or PNG with a complete end is not decoded for this check, other files are. Damage that
-      the check misses is an error during training that names the file.
+    - A file that is missing, not a JPEG, PNG, WebP, BMP, TIFF, GIF or MPO, truncated, of another size than annotated or
+      of more than 89 million pixels is an error, or left out with skip_bad_images. A JPEG or PNG with a complete end is
+      not decoded for this check, other files are. Damage that the check misses is an error during training that names
+      the file. The exception is a hole in the pixels of a JPEG, which Pillow fills with gray without notice.
     - An EXIF orientation is applied, unless only the stored size agrees with the annotations.
     - Gray, palette and CMYK images are converted to RGB, transparency is dropped, 16-bit gray is scaled to 8 bits.
       Images of floating-point numbers are bad images, because their range is unknown.

@@ -1,5 +1,6 @@
 """Check image files without decoding all of them, and read them as upright RGB."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +23,27 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Formats of photographs; MPO belongs to JPEG. Pillow knows many more, and starts Ghostscript for one of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+
 # The last bytes of a complete file.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image of one of FORMATS; its pixels are decoded when they are needed.
+
+    Raises:
+        OSError: the file cannot be read, or has another format.
+        ValueError: the image has more pixels than Pillow decodes without a warning (89 million).
+    """
+    # Warnings are filtered for the whole process, because filters cannot be set for a thread.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    try:
+        return Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        most = Image.MAX_IMAGE_PIXELS // 10**6
+        raise ValueError(f"more than {most} million pixels: scale it down, or cut it into parts") from error
 
 
 def find_bad_images(folder: Path, images: list[dict]) -> dict[int, str]:
@@ -68,12 +88,12 @@ def why_bad(path: Path, size: tuple[float, float]) -> str | None:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - 8, 0))
             end = file.read()
-        with Image.open(path) as image:
+        with open_image(path) as image:
             find_turn(image, size)
             if image.format not in END_MARKERS or not end.endswith(END_MARKERS[image.format]):
                 decode(image, size)
     except UnidentifiedImageError:
-        return f"not an image that Pillow can read ({path.stat().st_size} bytes)"
+        return f"not a {', '.join(FORMATS)} or MPO file ({path.stat().st_size} bytes)"
     except Exception as error:  # Pillow's decoders raise many types
         return str(error) or type(error).__name__
     return None
@@ -90,7 +110,7 @@ def read_image(path: Path, size: tuple[float, float]) -> Image.Image:
         DataError: it cannot be read, or has another size.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return decode(image, size)
     except Exception as error:  # Pillow's decoders raise many types
         raise DataError(f"{path} cannot be used: {error}. Repair it, or remove it from the annotations") from error

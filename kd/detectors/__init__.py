@@ -1,15 +1,15 @@
-"""torchvision's RetinaNet, FCOS and Faster R-CNN on timm backbones.
+"""torchvision's RetinaNet, FCOS and Faster R-CNN, and GFL, on timm backbones.
 
-The detector classes are torchvision's own, unmodified. This package adds the backbone (a timm feature extractor under
-torchvision's FeaturePyramidNetwork) and the few arguments that small images and training from scratch need. A ResNet
-has torchvision's parameter names, so checkpoints load in both directions.
+RetinaNet, FCOS and Faster R-CNN are torchvision's own classes, unmodified. This package adds the backbone (a timm
+feature extractor under torchvision's FeaturePyramidNetwork), the few arguments that small images and training from
+scratch need, and GFL. A ResNet has torchvision's parameter names, so checkpoints load in both directions.
 
 Detectors that others trained: torchvision's zoo by name (zoo.py) and checkpoints of mmdetection (mmdet.py). As teachers
 they are cut to the classes of the data by name (classes.py), and a student gets their anchors (anchors.py, pair.py).
 
 | detector | pyramid levels | strides | heads that methods read |
 |---|---|---|---|
-| fcos, retinanet | P3..P7 | 8..128 | classification and regression tower |
+| fcos, gfl, retinanet | P3..P7 | 8..128 | classification and regression tower |
 | faster_rcnn | P2..P5 and a pooled P6 | 4..64 | the RPN |
 """
 

@@ -7,7 +7,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from kd.detectors.backbone import STRIDES
 
 ANCHORS = ("torchvision", "half", "mmdet")
-SIDE = {"fcos": 1, "retinanet": 4, "faster_rcnn": 8}  # of the smallest anchor of a level, in strides
+SIDE = {"fcos": 1, "gfl": 1, "retinanet": 4, "faster_rcnn": 8}  # of the smallest anchor of a level, in strides
 
 
 class ExactAnchors(AnchorGenerator):
@@ -64,8 +64,8 @@ def make_anchors(detector: str, kind: str) -> AnchorGenerator:
 
     Args:
         detector: a key of STRIDES.
-        kind: "torchvision"; "half" for half the size, which leaves FCOS as it is: its anchors are its positions; or
-            "mmdet" for ExactAnchors, where FCOS's positions are the centres of the strides instead of their corners.
+        kind: "torchvision"; "half" for half the size, which leaves FCOS and GFL as they are: their anchors stand for
+            positions; or "mmdet" for ExactAnchors, with which FCOS's positions are half a stride further.
 
     Raises:
         ValueError: unknown kind.
@@ -73,9 +73,9 @@ def make_anchors(detector: str, kind: str) -> AnchorGenerator:
     if kind not in ANCHORS:
         raise ValueError(f"unknown anchors {kind!r}: choose {', '.join(ANCHORS)}")
     strides, octaves = STRIDES[detector], 3 if detector == "retinanet" else 1
-    side = SIDE[detector] / 2 if kind == "half" and detector != "fcos" else SIDE[detector]
+    side = SIDE[detector] / 2 if kind == "half" and SIDE[detector] > 1 else SIDE[detector]
     sizes = tuple(tuple(side * stride * 2 ** (k / octaves) for k in range(octaves)) for stride in strides)
-    ratios = ((1.0,) if detector == "fcos" else (0.5, 1.0, 2.0),) * len(strides)
+    ratios = ((1.0,) if SIDE[detector] == 1 else (0.5, 1.0, 2.0),) * len(strides)
     if kind == "mmdet":
         return ExactAnchors(sizes, ratios, strides, offset=0.5 if detector == "fcos" else 0.0)
     return AnchorGenerator(tuple(tuple(map(int, level)) for level in sizes), ratios)

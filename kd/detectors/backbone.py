@@ -7,9 +7,14 @@ import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.nn.functional import relu
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-STRIDES = {"fcos": (8, 16, 32, 64, 128), "retinanet": (8, 16, 32, 64, 128), "faster_rcnn": (4, 8, 16, 32, 64)}
+DENSE_STRIDES = (8, 16, 32, 64, 128)
+STRIDES = {
+    **dict.fromkeys(("fcos", "gfl", "retinanet"), DENSE_STRIDES),
+    "faster_rcnn": (4, 8, 16, 32, 64),
+}
 FPN_CHANNELS = 256
 # Pretrained, these have torchvision's V1 weights, which the papers' detectors start from; timm's default weights of the
 # same models are others.
@@ -61,8 +66,18 @@ class CoarseLevels(LastLevelP6P7):
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append P6 and P7 to the levels `p` and their names; `c` are the maps of the body."""
-        with torch.autocast(p[-1].device.type, enabled=False):
-            return super().forward([at_least_float32(level) for level in p], c, names)
+        p5 = at_least_float32(p[-1])
+        if torch.jit.is_scripting():  # its autocast takes a constant device; scripted detectors are not trained
+            p6, p7 = self.coarser(p5)
+        else:
+            with torch.autocast(p5.device.type, enabled=False):
+                p6, p7 = self.coarser(p5)
+        return p + [p6, p7], names + ["p6", "p7"]
+
+    def coarser(self, p5: Tensor) -> tuple[Tensor, Tensor]:
+        """Return P6 and P7, [N, 256, H, W] each, from P5."""
+        p6 = self.p6(p5)
+        return p6, self.p7(relu(p6))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build one of torchvision's detectors on a timm backbone."""
+"""Build one of torchvision's detectors, or GFL, on a timm backbone."""
 
 import difflib
 from functools import partial
@@ -9,6 +9,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from kd.detectors.anchors import make_anchors
 from kd.detectors.backbone import FPN_CHANNELS, STRIDES, build_backbone, freeze_like_torchvision
+from kd.detectors.gfl import GFL
 
 DETECTORS = tuple(STRIDES)
 
@@ -41,7 +42,7 @@ def build_detector(
     tower_norm: bool | None = None,
     giou: bool = False,
 ) -> FCOS | RetinaNet | FasterRCNN:
-    """Build a torchvision detector on a timm backbone; images are normalised with the backbone's mean and std.
+    """Build a detector on a timm backbone; images are normalised with the backbone's mean and std.
 
     With pretrained weights, the batch norm of the backbone and its layers up to stride 4 are frozen, as in
     torchvision. From scratch, batch norm is trained and RetinaNet's towers have group norm, as in torchvision's
@@ -65,8 +66,8 @@ def build_detector(
         giou: train RetinaNet's boxes with GIoU instead of L1, as torchvision's retinanet_resnet50_fpn_v2.
 
     Returns:
-        The detector. Its state_dict loads into torchvision's own class. Its attribute `plain_torchvision` is True if
-        it then detects the same, and False with "mmdet", because torchvision has no such anchors.
+        The detector. But for GFL, its state_dict loads into torchvision's own class. Its attribute `plain_torchvision`
+        is True if that class detects the same, and False for GFL and with "mmdet", whose anchors torchvision lacks.
 
     Raises:
         ValueError: unknown detector, backbone or anchors, weights that cannot be loaded, or an invalid size.
@@ -98,6 +99,8 @@ def build_detector(
         # torchvision's score threshold of 0.2 drops detections that count for COCO's AP; RetinaNet has 0.05.
         model = FCOS(body_and_fpn, anchor_generator=generator, score_thresh=0.05, **options)
         nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.0)
+    elif detector == "gfl":
+        model = GFL(body_and_fpn, anchor_generator=generator, **options)
     elif detector == "retinanet":
         norm = partial(nn.GroupNorm, 32) if (from_scratch if tower_norm is None else tower_norm) else None
         head = RetinaNetHead(FPN_CHANNELS, generator.num_anchors_per_location()[0], num_classes, norm_layer=norm)
@@ -106,5 +109,5 @@ def build_detector(
     else:
         proposals = SMALL_PROPOSALS if anchors == "half" else {}
         model = FasterRCNN(body_and_fpn, rpn_anchor_generator=generator, **proposals, **options)
-    model.plain_torchvision = anchors != "mmdet"
+    model.plain_torchvision = detector != "gfl" and anchors != "mmdet"
     return model

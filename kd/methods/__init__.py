@@ -7,16 +7,20 @@ weight, and `maps`, called with the same arguments, returns where it looks, for 
 
 import ast
 import inspect
+import sys
 from functools import partial
 from types import UnionType
 from typing import get_args, get_origin
 
 from torch import nn
 
+from kd.methods.cwd import CWD
 from kd.methods.drkd import DRKD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
+from kd.methods.mgd import MGD
 from kd.methods.pgd import PGD
+from kd.methods.pkd import PKD
 from kd.methods.ssim import SSIM
 from kd.methods.tid import TID
 
@@ -28,6 +32,9 @@ METHODS = {
     "ssim": SSIM,
     "drkd": DRKD,
     "tid": TID,
+    "pkd": PKD,
+    "cwd": CWD,
+    "mgd": MGD,
 }
 
 
@@ -50,7 +57,8 @@ def build_method(
         settings: hyper-parameters as NAME=VALUE, VALUE a Python literal or text.
 
     Raises:
-        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type.
+        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type; a
+            number is negative or not finite.
     """
     make, legal, values = METHODS[name], hyper_parameters(name), {}
     for text in settings:
@@ -65,6 +73,8 @@ def build_method(
         if not has_type(values[key], kind):
             kind = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"--set {text}: {name} takes {key} as {kind}, default {legal[key].default}")
+        if not all(0 <= number <= sys.float_info.max for number in numbers(values[key])):
+            raise ValueError(f"--set {text}: give finite numbers from 0")
     return make(detector, student_channels, teacher_channels, strides, **values)
 
 
@@ -81,6 +91,12 @@ def describe_method(name: str) -> str:
     meaning = inspect.getdoc(getattr(make, "func", make)).partition("\n\nExample")[0]
     defaults = " ".join(f"{p.name}={p.default}" for p in hyper_parameters(name).values())
     return f"{meaning}\n\nDefaults (None: depends on the detector), to be changed by --set NAME=VALUE:\n    {defaults}"
+
+
+def numbers(value: object) -> list[float]:
+    """Return the numbers of a value: itself, the elements of a tuple, or none."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [number for number in values if isinstance(number, int | float)]
 
 
 def has_type(value: object, annotation: object) -> bool:

@@ -32,7 +32,7 @@ from torch.nn.functional import batch_norm
 from torchvision.ops import box_area, roi_align
 
 # pixel_weight, relation_weight, instance_weight: reference code, for dense detectors partly in commented-out lines.
-WEIGHTS = {"retinanet": (4e-3, 5e-3, 6e-3), "fcos": (4e-3, 5e-3, 6e-3), "faster_rcnn": (1e-3, 4e-3, 2.4e-3)}
+WEIGHTS = {**dict.fromkeys(("retinanet", "fcos", "gfl"), (4e-3, 5e-3, 6e-3)), "faster_rcnn": (1e-3, 4e-3, 2.4e-3)}
 NODES = (64, 64, 256, 256, 256)  # d of each level, finest first: reference code
 MAX_RELATED = 64  # objects of an image: our reading
 
@@ -112,7 +112,7 @@ class DRKD(nn.Module):
     """Distillation of relations between pixels and between objects, and of the features of objects.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weights.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default weights.
         student_channels, teacher_channels: of the FPN.
         strides: of the levels, in pixels, finest first.
         pixel_weight, relation_weight, instance_weight: of (3), (4) and (5).
@@ -143,8 +143,8 @@ class DRKD(nn.Module):
         nodes: tuple[int, ...] = NODES,
     ):
         super().__init__()
-        if len(nodes) < len(strides):
-            raise ValueError(f"{len(strides)} levels need as many nodes, not {tuple(nodes)}")
+        if len(nodes) < len(strides) or min(nodes) < 1:
+            raise ValueError(f"{len(strides)} levels need as many nodes, 1 or more each, not {tuple(nodes)}")
         given = (pixel_weight, relation_weight, instance_weight)
         self.weights = [default if g is None else g for g, default in zip(given, WEIGHTS[detector])]
         self.strides, nodes = strides[:2], nodes[: len(strides)]  # objects are pooled from the two finest levels

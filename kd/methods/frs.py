@@ -23,7 +23,9 @@ allowed under autocast, and no gradient reaches the teacher.
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-WEIGHTS = {"retinanet": (0.005, 0.02), "fcos": (0.01, 0.05), "faster_rcnn": (0.002, 0.1)}  # alpha, beta: reference code
+WEIGHTS = {  # alpha, beta: reference code
+    **{"retinanet": (0.005, 0.02), "fcos": (0.01, 0.05), "gfl": (0.1, 0.05), "faster_rcnn": (0.002, 0.1)}
+}
 
 
 def feature_richness(cls_logits: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class FRS(nn.Module):
     """Distillation of FPN features and class logits, weighted by feature richness.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weights.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default weights.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.

@@ -15,7 +15,8 @@ There is no public code. Our reading: minimum and maximum are taken over channel
 
 from torch import Tensor, nn
 
-LOSS_WEIGHT = {"retinanet": 4.0, "fcos": 4.0, "faster_rcnn": 2.0}  # the paper's for SSIM: 2 or 4; the split is ours
+# The paper's for SSIM, 2 or 4; the split is ours.
+LOSS_WEIGHT = {"retinanet": 4.0, "fcos": 4.0, "gfl": 4.0, "faster_rcnn": 2.0}
 
 
 def min_max_normalize(features: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Imitation(nn.Module):
     """l1 or l2 imitation of FPN features.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weight.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default weight.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.

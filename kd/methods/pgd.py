@@ -116,9 +116,9 @@ class PGD(nn.Module):
     """Prediction-guided distillation of the first blocks of a dense head's towers.
 
     Args:
-        detector: "retinanet" or "fcos". Defaults are the reference code's for FCOS, for RetinaNet too (our reading).
+        detector: "retinanet", "fcos" or "gfl". Defaults are the reference code's for FCOS; for the others, our reading.
         student_channels, teacher_channels: of the towers. If they differ, a 1x1 convolution adapts each (our reading).
-        strides: not used; positions come from the anchors.
+        strides: of the levels; only their number matters, as positions come from the anchors.
         alpha, beta: weights of key regions and background in the classification tower; reference: beta = 0.5 * alpha.
         gamma, delta: weights of key regions in the regression tower (reference: 1.6 * alpha) and of the attentions.
         temperature, level_weights, xi: T, lambda_l, and xi of the classification and the regression tower.
@@ -127,11 +127,10 @@ class PGD(nn.Module):
 
         x, y = torch.meshgrid(8.0 * torch.arange(30), 8.0 * torch.arange(20), indexing="xy")
         anchors = torch.stack([x - 16, y - 16, x + 16, y + 16])[None]  # [A, 4, H, W] of one level
-        logits, boxes = torch.randn(2, 1, 80, 20, 30), anchors.expand(2, 1, 4, 20, 30)
-        tower_s, tower_t = torch.rand(2, 2, 256, 20, 30)
+        logits, (tower_s, tower_t) = torch.randn(2, 1, 80, 20, 30), torch.rand(2, 2, 256, 20, 30)
         student = SimpleNamespace(cls_tower=[[tower_s]], reg_tower=[[tower_s]])
-        teacher = SimpleNamespace(cls_tower=[[tower_t]], reg_tower=[[tower_t]], cls_logits=[logits], boxes=[boxes],
-                                  anchors=[anchors])
+        teacher = SimpleNamespace(cls_tower=[[tower_t]], reg_tower=[[tower_t]], cls_logits=[logits],
+                                  boxes=[anchors.expand(2, 1, 4, 20, 30)], anchors=[anchors])
         target = {"boxes": torch.tensor([[20.0, 30, 90, 80]]), "labels": torch.tensor([1])}
         losses = PGD("fcos", 256, 256, strides=(8,))(student, teacher, [target] * 2)  # {"loss_pgd_cls": ..., ...}
     """
@@ -156,8 +155,10 @@ class PGD(nn.Module):
         level_weights: tuple[float, ...] = (1.0, 1.25, 1.5, 1.75, 2.0),
     ):
         super().__init__()
-        if detector not in ("retinanet", "fcos"):
+        if detector not in ("retinanet", "fcos", "gfl"):
             raise ValueError(f"PGD reads the class logits and towers of a dense head, which {detector} does not have")
+        if top_k < 1 or temperature <= 0 or max(xi) > 1 or len(level_weights) < len(strides):
+            raise ValueError(f"expected {top_k=} > 0, {temperature=} > 0, {xi=} <= 1, {level_weights=} of all levels")
         self.alpha, self.beta, self.gamma, self.top_k, self.xi = alpha, beta, gamma, top_k, xi
         self.delta, self.temperature, self.level_weights = delta, temperature, level_weights
         adapt = student_channels != teacher_channels
@@ -169,8 +170,7 @@ class PGD(nn.Module):
 
         Args:
             student: has cls_tower and reg_tower, for each level a list over blocks of [N, C, H, W].
-            teacher: also has, for each level, cls_logits [N, A, K, H, W], boxes [N, A, 4, H, W] and anchors
-                [A, 4, H, W] in xyxy pixels; all are constants.
+            teacher: also cls_logits [N, A, K, H, W], boxes [N, A, 4, H, W], anchors [A, 4, H, W], in xyxy pixels.
             targets: for each image boxes [M, 4], xyxy pixels, and labels [M], indices into K.
         """
         cls_loss = reg_loss = 0

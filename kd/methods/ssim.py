@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-LOSS_WEIGHT = {"retinanet": 4.0, "fcos": 4.0, "faster_rcnn": 2.0}  # paper: 2 or 4; the split is ours
+LOSS_WEIGHT = {"retinanet": 4.0, "fcos": 4.0, "gfl": 4.0, "faster_rcnn": 2.0}  # paper: 2 or 4; the split is ours
 C1, C2 = 0.01**2, 0.03**2  # SSIM's usual constants for values in 0..1
 
 
@@ -119,7 +119,7 @@ class SSIM(nn.Module):
     """Structural distillation of FPN features.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default weight.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default weight.
         student_channels: channels of the student's FPN.
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels; only their number matters here.
@@ -128,6 +128,9 @@ class SSIM(nn.Module):
         loss_weight: weight of the sum over levels.
         normalize: "image" or "channel", see `min_max_normalize`.
         adapter: use a 1x1 convolution per level on the student's side; always used where channels differ.
+
+    Raises:
+        ValueError: window, sigma or normalize is invalid.
 
     Example::
 
@@ -155,6 +158,11 @@ class SSIM(nn.Module):
         adapter: bool = False,
     ):
         super().__init__()
+        if window < 1 or window % 2 == 0 or sigma <= 0 or normalize not in ("image", "channel"):
+            raise ValueError(
+                f"window must be odd and positive, not {window}; sigma must be positive, not {sigma}; normalize must "
+                f'be "image" or "channel", not {normalize!r}'
+            )
         self.options = {"normalize": normalize, "window": window, "sigma": sigma}
         self.loss_weight = LOSS_WEIGHT[detector] if loss_weight is None else loss_weight
         adapted = adapter or student_channels != teacher_channels

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 # t_pos, t_neg: IoU above which anchors are positive, and below which negative. FCOS has none and uses RetinaNet's.
-THRESHOLDS = {"retinanet": (0.5, 0.4), "fcos": (0.5, 0.4), "faster_rcnn": (0.7, 0.3)}
+THRESHOLDS = {**dict.fromkeys(("retinanet", "fcos", "gfl"), (0.5, 0.4)), "faster_rcnn": (0.7, 0.3)}
 HIGH, MIDDLE, LOW = 2.0, 1.5, 0.4  # score_r: paper; score_c takes the first and the last
 AREAS = ("key", "weak", "rest")
 
@@ -113,7 +113,7 @@ class TID(nn.Module):
     """Distillation of FPN features in areas chosen by the predictions of both networks.
 
     Args:
-        detector: "retinanet", "fcos" or "faster_rcnn"; chooses the default thresholds.
+        detector: "retinanet", "fcos", "gfl" or "faster_rcnn"; chooses the default thresholds.
         student_channels, teacher_channels: of the FPN.
         strides: of the levels, in pixels; only their number matters here.
         t_pos, t_neg: as for `position_score`.

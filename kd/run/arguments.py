@@ -2,12 +2,15 @@
 
 import argparse
 import difflib
+import math
+import os
 from pathlib import Path
 
 import torch
 
 from kd.detectors import FPN_CHANNELS, STRIDES, check_detector, timm_name
 from kd.methods import METHODS, build_method
+from kd.run.contents import SIDES
 from kd.run.distributed import world_size
 from kd.run.folder import check_folder, run_name
 
@@ -15,11 +18,15 @@ from kd.run.folder import check_folder, run_name
 SHAPES_RECIPE = {"epochs": 1, "batch_size": 8, "image_size": [64, 64], "optimizer": "adamw"}
 COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimizer": "sgd", "eval_interval": 1}
 
-MINIMUM = {
-    **{"epochs": 1, "batch_size": 1, "eval_interval": 1, "max_iterations": 1, "accumulate": 1, "workers": 0, "seed": 0},
-    **{"clip_grad": 0, "aspect_ratio_group_factor": 0},
+# The smallest and the largest value. Random numbers depend on 32 bits of the seed; beyond the other limits are typing
+# errors, which would run out of memory or overflow.
+RANGE = {
+    **{"epochs": (1, 10**9), "batch_size": (1, 10**9), "eval_interval": (1, 10**9), "max_iterations": (1, 10**9)},
+    **{"accumulate": (1, 10**9)},
+    **{"clip_grad": (0, 10**9), "aspect_ratio_group_factor": (0, 100), "seed": (0, 2**32 - 1)},
 }
 POSITIVE = ("lr", "distill_weight")
+WORKERS = 16  # data loading processes that any machine may have
 PLAIN = {"method": "none", "teacher": None, "teacher_weights": None, "set": [], "distill_weight": 1.0, "inherit": False}
 
 
@@ -29,6 +36,7 @@ def settle(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an argument is invalid; the message says what is valid.
     """
+    check_paths(args)
     recipe = COCO_RECIPE if args.data or args.train_annotations else SHAPES_RECIPE
     for name, value in recipe.items():
         if getattr(args, name) is None:
@@ -36,6 +44,7 @@ def settle(args: argparse.Namespace) -> None:
     check_names(args)
     check_numbers(args)
     check_machine(args)
+    check_sync_bn(args)
     if args.data:
         root = Path(args.data)
         args.train_images = args.train_images or str(root / "train2017")
@@ -64,10 +73,26 @@ def plain_arguments(args: argparse.Namespace, name: str, backbone: str, epochs: 
     return argparse.Namespace(**{**vars(args), **PLAIN, **changes})
 
 
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise ValueError where a text is empty, a file of weights does not exist, or --data is a file."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise ValueError(f"{option(name)} is empty: give a value, or leave it out")
+    for name in ("teacher_weights", "pretrained"):
+        value = getattr(args, name)
+        if isinstance(value, str) and not Path(value).is_file():
+            raise ValueError(f"{option(name)} {value}: no such file")
+    if args.data and Path(args.data).is_file():
+        raise ValueError(
+            f"--data {args.data} is a file: give the folder that contains train2017/, val2017/ and annotations/, or "
+            "leave it out and give --train-images, --train-annotations, --val-images and --val-annotations"
+        )
+
+
 def check_names(args: argparse.Namespace) -> None:
     """Raise ValueError unless method, detector and backbones exist and fit together."""
     if args.method not in ("none", *METHODS):
-        close = difflib.get_close_matches(args.method, METHODS, n=1)
+        close = difflib.get_close_matches(args.method.lower(), METHODS, n=1)
         raise ValueError(
             f"unknown method {args.method!r}: choose {close[0] if close else ', '.join(('none', *METHODS))}"
         )
@@ -89,34 +114,46 @@ def check_names(args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise ValueError where a number is out of range."""
-    for name, minimum in MINIMUM.items():
+    for name, (smallest, largest) in RANGE.items():
         value = getattr(args, name)
-        if value is not None and not value >= minimum:
-            raise ValueError(f"{option(name)} is {value}: give {minimum} or more")
+        if value is not None and not smallest <= value <= largest:
+            raise ValueError(f"{option(name)} is {value}: give a number from {smallest} to {largest}")
     for name in POSITIVE:
         value = getattr(args, name)
         value = float(value.partition(":")[2] or 1) if isinstance(value, str) else value  # --distill-weight auto:RATIO
-        if value is not None and not value > 0:
-            raise ValueError(f"{option(name)} is {value}: give a number above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option(name)} is {value}: give a finite number above 0")
+    for name, words in (("image_size", "the short side, then the long side"), ("multi_scale", "the lower side first")):
+        low, high = getattr(args, name) or SIDES
+        if not SIDES[0] <= low <= high <= SIDES[1]:
+            raise ValueError(f"{option(name)} {low} {high}: give {words}, from {SIDES[0]} to {SIDES[1]} pixels")
     low, high = args.image_size
-    if not 32 <= low <= high:
-        raise ValueError(f"--image-size {low} {high}: give the short side, 32 or more, then the long side")
-    if args.multi_scale and not 32 <= args.multi_scale[0] <= args.multi_scale[1]:
-        raise ValueError(
-            f"--multi-scale {args.multi_scale[0]} {args.multi_scale[1]}: give the lower side first, from 32"
-        )
     if args.data is None and args.train_annotations is None and low != high:
         raise ValueError(f"the built-in shapes are square: give --image-size {low} {low}")
 
 
 def check_machine(args: argparse.Namespace) -> None:
-    """Raise ValueError where the device does not exist or lacks what is asked for."""
-    try:
-        kind = torch.device(args.device).type
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device} is not a torch device: give cuda or cpu") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    """Raise ValueError where this machine does not have the device or so many processors, of train.py or eval.py."""
+    kind, _, number = args.device.partition(":")
+    if kind not in ("cuda", "cpu") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise ValueError(f"--device {args.device}: give cuda, cuda:NUMBER or cpu")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and found == 0:
         raise ValueError(f"--device {args.device}: torch finds no GPU; give --device cpu")
+    index = int(os.environ.get("LOCAL_RANK", number or 0))
+    if kind == "cuda" and index >= found:
+        raise ValueError(f"--device {args.device}: there is no GPU {index} for this process; torch finds {found}")
+    processors = os.cpu_count()
+    if not 0 <= args.workers <= max(WORKERS, processors):
+        raise ValueError(
+            f"--workers is {args.workers}: give a number from 0 to {max(WORKERS, processors)}; this machine has "
+            f"{processors} processors"
+        )
+
+
+def check_sync_bn(args: argparse.Namespace) -> None:
+    """Raise ValueError where --sync-bn has no effect."""
+    kind = torch.device(args.device).type
     if args.sync_bn and (kind != "cuda" or world_size() == 1):
         raise ValueError("--sync-bn needs several GPUs: start with torchrun, or leave it out")
     if args.sync_bn and args.pretrained:

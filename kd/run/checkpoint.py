@@ -1,7 +1,6 @@
 """Files of a run: written atomically, read without executing anything."""
 
-import os
-import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -9,54 +8,106 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from kd.detectors import build_detector, check_pair, timm_name
-from kd.distiller import Distiller
+from kd.distiller import Distiller, TrainingError
 from kd.methods import build_method
+from kd.run.contents import check_model, check_parts, first_three, is_state_dict, is_whole, not_finite
+from kd.run.files import whole
+
+# What a checkpoint holds beside the states of its parts: see `kd.run.progress.Progress`.
+POSITION = {"epoch": int, "step": int, "skipped": int, "terms": list, "losses": dict}
 
 CLASS_HEADS = ("head.classification_head.cls_logits.", "roi_heads.box_predictor.")
 
 
 def save(content: dict, path: Path) -> None:
-    """Write `content` to `path`; a crash leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Write `content` to `path`; a crash leaves the old file or the new one.
+
+    Raises:
+        TrainingError: a tensor is not finite.
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    names = list(not_finite(content))
+    if names:
+        raise TrainingError(
+            f"{path} is not written, because training has diverged: {first_three(names)} are not finite. Lower --lr, "
+            "or check the data"
+        )
+    with whole(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load(path: str | Path) -> dict:
     """Read tensors and plain values from `path` to the CPU.
 
+    torch does not compare the checksums of its files, zipfile does. Files of torch before 1.6 have none.
+
     Raises:
         ValueError: the file does not exist, is damaged, or contains other objects, which are never unpickled.
     """
+    path = Path(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"cannot read the checkpoint {path}: {'not a file' if path.exists() else 'no such file'}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        damaged = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        content = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
     except OSError as error:
         raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from error
+    except Exception as error:  # the unpickler raises many types, and advises to switch weights_only off
+        raise ValueError(
+            f"{path} is not a checkpoint that can be loaded safely: it is damaged, of another format, or contains more "
+            "than tensors and plain values. Copy or download it again, or store its state_dict alone"
+        ) from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} differs. Copy or download it again")
+    return content
 
 
-def restore(parts: dict[str, object], path: Path) -> dict:
+def restore(parts: dict[str, object], path: Path, epochs: int, steps_per_epoch: int) -> dict:
     """Load into each part the state saved under its name; return the content of the file.
 
     Args:
         parts: objects with load_state_dict.
-        path: of a file that `save` wrote.
+        path: of a file that `Progress.save` wrote.
+        epochs: of the run.
+        steps_per_epoch: of the run.
 
     Raises:
-        ValueError: the file cannot be loaded or lacks a part.
+        ValueError: the file cannot be loaded, lacks something, or does not fit the run.
     """
     content = load(path)
-    missing = [name for name in parts if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of this run: it lacks {', '.join(missing)}")
+    check_parts(content, dict.fromkeys(parts, dict) | POSITION, path, "is not a checkpoint of this run")
+    epoch, step = content["epoch"], content["step"]
+    if not is_whole(epoch, 0, epochs - 1) or not is_whole(step, 0, steps_per_epoch):
+        raise ValueError(
+            f"{path} is not a checkpoint of this run: epoch {epoch}, step {step} is not among {epochs} epochs of "
+            f"{steps_per_epoch} steps"
+        )
     for name, part in parts.items():
-        part.load_state_dict(content[name])
+        restore_part(name, part, content[name], path)
     return content
+
+
+def restore_part(name: str, part: object, state: dict, path: Path) -> None:
+    """Load the state of a network, an optimizer, a schedule or a scaler.
+
+    Raises:
+        ValueError: the state belongs to another one.
+    """
+    if isinstance(part, nn.Module):
+        return load_strictly(part, state, path)
+    saved, ours = ({key: type(value) for key, value in s.items()} for s in (state, part.state_dict()))
+    try:
+        if saved != ours:
+            raise ValueError("it has other keys or types")
+        part.load_state_dict(state)
+        for parameter, values in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+            if any(value.dim() and value.shape != parameter.shape for value in values.values()):
+                raise ValueError("tensors have other shapes than the parameters")
+    except Exception as error:  # optimizers raise many types
+        raise ValueError(f"{path} is not a checkpoint of this run: its {name} does not fit ({error})") from error
 
 
 def save_model(detector: nn.Module, arguments: dict, categories: dict[int, dict], path: Path) -> None:
@@ -82,11 +133,15 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
         ValueError: the file is of another kind, or its weights do not fit.
     """
     content = load(path)
-    if not isinstance(content, dict) or not {"model", "arguments", "categories"} <= content.keys():
-        raise ValueError(f"{path} was not written by train.py: it lacks model, arguments or categories")
+    return build_saved(content, path), content
+
+
+def build_saved(content: object, path: str | Path) -> nn.Module:
+    """Build the detector of a model.pt in eval mode; errors as for `load_model`."""
+    check_model(content, path)
     detector = build_detector(**content["arguments"])
     load_strictly(detector, content["model"], path)
-    return detector.eval(), content
+    return detector.eval()
 
 
 def load_teacher(
@@ -107,9 +162,10 @@ def load_teacher(
     Raises:
         ValueError: the file is of neither kind, or has another backbone, other classes or weights that do not fit.
     """
-    if "arguments" not in load(path):
+    content = load(path)
+    if is_state_dict(content):
         return load_torchvision(path, detector, backbone, max(categories) + 1, image_size)
-    teacher, content = load_model(path)
+    teacher = build_saved(content, path)
     theirs, ours = ({label: c["name"] for label, c in known.items()} for known in (content["categories"], categories))
     differing = sorted(label for label in theirs.keys() | ours.keys() if theirs.get(label) != ours.get(label))
     if differing:
@@ -133,7 +189,7 @@ def load_torchvision(
     scratch = is_from_scratch(path)
     model = build_detector(detector, backbone, num_classes, image_size=image_size, from_scratch=scratch)
     load_strictly(model, read_weights(path), path)
-    if detector != "fcos":  # torchvision evaluates its RetinaNet and Faster R-CNN V1 checkpoints with eps = 0
+    if detector in ("retinanet", "faster_rcnn"):  # torchvision evaluates these checkpoints with eps = 0
         for module in model.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = 0.0
@@ -148,8 +204,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     content = load(path)
     if isinstance(content, dict) and "arguments" in content:
-        return load_model(path)[0].state_dict()
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        return build_saved(content, path).state_dict()
+    if not is_state_dict(content):
         raise ValueError(f"{path} is neither a detector written by train.py nor a state_dict")
     return content
 
@@ -205,7 +261,9 @@ def load_distiller(
         settings["method"], settings["detector"], *channels, student.backbone.strides, settings["set"]
     )
     check_pair(student, teacher, method.needs)
-    state = load(folder / "checkpoint.pt")["distiller"]  # model.pt has only the student
+    content = load(folder / "checkpoint.pt")  # model.pt has only the student
+    check_parts(content, {"distiller": dict}, folder / "checkpoint.pt", "is not a checkpoint of a run")
+    state = content["distiller"]
     state = {name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")}
     load_strictly(method, state, folder / "checkpoint.pt")
     return Distiller(student, teacher, method).eval()
@@ -215,9 +273,20 @@ def load_strictly(network: nn.Module, state_dict: dict, path: str | Path) -> Non
     """Load a state_dict of which every tensor must fit.
 
     Raises:
-        ValueError: names the file and the missing, unexpected or misshapen tensors.
+        ValueError: names the file and the first missing, unexpected, misshapen or not finite tensors.
     """
+    fault = f"the weights in {path} do not fit the {type(network).__name__}"
+    if not is_state_dict(state_dict):
+        raise ValueError(f"{fault}: they are not tensors with names")
     try:
         network.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit the {type(network).__name__}: {error}") from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        faults = [f"missing {name}" for name in shapes if name not in found]
+        faults += [f"unexpected {name}" for name in found if name not in shapes]
+        faults += [f"{name} is {found[name]}, not {s}" for name, s in shapes.items() if found.get(name, s) != s]
+        raise ValueError(f"{fault}: {first_three(faults or [str(error)])}") from error
+    names = list(not_finite(network.state_dict()))
+    if names:
+        raise ValueError(f"the weights in {path} are damaged: {first_three(names)} are not finite")

@@ -13,6 +13,7 @@
 import argparse
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -24,14 +25,23 @@ import torchvision
 
 from kd.evaluation import SCORER
 from kd.run.distributed import rank, say, world_size
+from kd.run.files import write_text
 
 # Arguments that may differ when a run is continued: they change where and when, not what is computed. Files are
 # compared by hash.
-FREE = {
-    *("device", "workers", "output", "resume", "teacher_weights", "student_weights", "pretrained"),
-    *("not_inherited", "term_weights"),
+PATHS = (
+    *("output", "teacher_weights", "student_weights", "pretrained"),
     *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
+)
+FREE = {*PATHS, "device", "workers", "resume", "not_inherited", "term_weights"}
+
+# Arguments that the tables need.
+ALWAYS = {
+    *("method", "detector", "student", "teacher", "data", "train_annotations", "image_size", "seed"),
+    *("set", "distill_weight", "inherit"),
 }
+
+RESTORE = "Restore it, or delete the run"
 
 
 FILES = ("train_annotations", "val_annotations", "teacher_weights", "student_weights")
@@ -65,8 +75,7 @@ def open_folder(folder: Path, args: argparse.Namespace) -> bool:
     """Create the folder and write args.json, or compare it with the run to continue; return whether there is one.
 
     Raises:
-        ValueError: the folder cannot be written, or the run to continue was started with other arguments, number of
-            processes or files.
+        ValueError: the run to continue was started with other arguments, number of processes or files.
     """
     description = describe(args)
     say(f"{folder}: {', '.join(f'{name} {value}' for name, value in description['versions'].items())}")
@@ -74,22 +83,33 @@ def open_folder(folder: Path, args: argparse.Namespace) -> bool:
         check_same_run(folder, description)
         return True
     if rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(description, indent=1))
-            (folder / "log.jsonl").write_text("")
-        except OSError as error:
-            raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(json.dumps(description, indent=1), folder / "args.json")
+        write_text("", folder / "log.jsonl")
     return False
 
 
 def started_with(folder: Path) -> dict:
     """Return the args.json of a run that can be continued, empty if there is none."""
-    return json.loads((folder / "args.json").read_text()) if (folder / "checkpoint.pt").exists() else {}
+    return read_settings(folder) if (folder / "checkpoint.pt").exists() else {}
+
+
+def read_settings(folder: Path) -> dict:
+    """Return the args.json of a run.
+
+    Raises:
+        ValueError: it does not exist, is damaged, or lacks arguments that every run has.
+    """
+    file = folder / "args.json"
+    settings = parse(read_text(file), f"{file} is damaged")
+    missing = sorted(ALWAYS - settings.keys())
+    if missing:
+        raise ValueError(f"{file} was not written by train.py: it lacks {', '.join(missing)}")
+    return settings
 
 
 def describe(args: argparse.Namespace) -> dict:
-    """Return the content of args.json."""
+    """Return the content of args.json: the arguments with absolute paths, and what else a result depends on."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(command, capture_output=True, text=True, check=False)
     versions = {
@@ -103,12 +123,13 @@ def describe(args: argparse.Namespace) -> dict:
     files = {name: getattr(args, name) for name in FILES}
     files["pretrained"] = args.pretrained if isinstance(args.pretrained, str) else None
     hashes = {name: file_hash(file) for name, file in files.items() if file}
-    return {**vars(args), "processes": world_size(), "sha256": hashes, "versions": versions}
+    paths = {name: os.path.abspath(getattr(args, name)) for name in PATHS if isinstance(getattr(args, name), str)}
+    return {**vars(args), **paths, "processes": world_size(), "sha256": hashes, "versions": versions}
 
 
 def changes_since(folder: Path, description: dict) -> list[str]:
     """Return in which arguments, number of processes or files a run differs from a description by `describe`."""
-    before = json.loads((folder / "args.json").read_text())
+    before = read_settings(folder)
     return [
         f"{name} was {before.get(name)}, is {description.get(name)}"
         for name in sorted((before.keys() | description.keys()) - FREE - {"versions"})
@@ -133,21 +154,58 @@ def file_hash(path: str | Path) -> str:
 
 def append_log(folder: Path, line: dict) -> None:
     """Add a line to log.jsonl."""
-    with open(folder / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
+    log = folder / "log.jsonl"
+    write_text(read_text(log) + json.dumps(line) + "\n", log)
 
 
 def cut_log(folder: Path, epochs: int) -> None:
-    """Keep the lines of log.jsonl up to an epoch; a killed run may have logged more than it saved."""
-    lines = (folder / "log.jsonl").read_text().splitlines()[:epochs]
-    (folder / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+    """Keep the lines of log.jsonl up to an epoch; a killed run may have logged more than it saved.
+
+    Raises:
+        ValueError: the file is damaged or ends before that epoch.
+    """
+    log = folder / "log.jsonl"
+    lines = read_log(folder)[:epochs]
+    if len(lines) < epochs:
+        raise ValueError(f"{log} has {len(lines)} lines, but {epochs} epochs are completed: restore the file")
+    write_text("".join(json.dumps(line) + "\n" for line in lines), log)
 
 
 def read_evaluations(folder: Path) -> list[dict]:
     """Return the lines of log.jsonl that have an evaluation, in order."""
+    return [line for line in read_log(folder) if "AP" in line]
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Return the lines of log.jsonl, none if it does not exist.
+
+    Raises:
+        ValueError: a line is damaged; the message says which.
+    """
     log = folder / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [line for line in lines if "AP" in line]
+    lines = read_text(log).splitlines() if log.exists() else []
+    return [parse(line, f"line {number} of {log} is damaged") for number, line in enumerate(lines, 1)]
+
+
+def read_text(file: Path) -> str:
+    """Return the content of a text file; raise ValueError if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is damaged: it is not text. {RESTORE}") from error
+
+
+def parse(text: str, fault: str) -> dict:
+    """Return a JSON object; raise ValueError with the fault, the reason and what to do if the text is not one."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{fault}: {error}. {RESTORE}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{fault}: it is not a JSON object. {RESTORE}")
+    return content
 
 
 def best_evaluation(folder: Path) -> dict:

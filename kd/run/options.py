@@ -31,7 +31,8 @@ from kd.run.speed import AMP
 
 AUTO = """\
 --distill-weight auto measures on ten batches before training how large each distillation loss is beside the detection
-losses, and multiplies it so that it starts at 0.3 times them; auto:0.1 at 0.1 times. The factors are in args.json.
+losses, and gives each a factor, kept in args.json, with which all start equal and together as large as the detection
+losses; auto:0.5 half as large.
 """
 
 

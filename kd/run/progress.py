@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from kd.data import collate, group_batches
+from kd.distiller import TrainingError
 from kd.run.checkpoint import restore, save
 from kd.run.distributed import barrier, gather, mean_over_processes, rank, say, world_size
 from kd.run.folder import cut_log
@@ -82,7 +83,7 @@ class Progress:
         Raises:
             ValueError: the file is damaged or belongs to another run.
         """
-        content = restore(self.parts, self.folder / "checkpoint.pt")
+        content = restore(self.parts, self.folder / "checkpoint.pt", self.epochs, self.steps_per_epoch)
         for name in ("epoch", "step", "skipped", "terms"):
             setattr(self, name, content[name])
         self.losses = Counter(content["losses"])
@@ -163,7 +164,7 @@ class Progress:
             norm: of the gradient.
 
         Raises:
-            RuntimeError: a loss or the norm is not finite. nonfinite.json gets all values and the images.
+            TrainingError: a loss or the norm is not finite. nonfinite.json gets all values and the images.
         """
         batches, self.step_losses = self.step_losses, []
         losses = {name: sum(batch[name] for batch in batches) / len(batches) for name in batches[0]}
@@ -178,7 +179,7 @@ class Progress:
         self.loss = sum(values[name] for name in losses)
 
     def stop_at(self, values: dict[str, float]) -> None:
-        """Write nonfinite.json and raise RuntimeError with what is not finite, where, and the last checkpoint."""
+        """Write nonfinite.json and raise TrainingError with what is not finite, where, and the last checkpoint."""
         image_ids = [image_id for share in gather(self.image_ids) for image_id in share]
         report = self.folder / "nonfinite.json"
         if rank() == 0:
@@ -189,7 +190,7 @@ class Progress:
         names = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         checkpoint = self.folder / "checkpoint.pt"
         kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-        raise RuntimeError(
+        raise TrainingError(
             f"{names} not finite at iteration {self.iteration}, images {image_ids}: all values are in {report}; {kept}"
         )
 

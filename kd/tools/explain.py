@@ -5,18 +5,84 @@ image, and as cells. Colours run from 0 to the largest value of the map, which i
 "... student" share a scale. A map whose name ends in "matrix" relates the objects of the image and is drawn as cells.
 """
 
+from pathlib import Path
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
+from kd.data import class_names
+from kd.distiller import Distiller
+from kd.features import forward_detector
+from kd.tools.predict import read_photograph
 from kd.tools.samples import draw_boxes
 
 TILE, GAP, LINE, BAR = 216, 8, 24, (120, 12)  # pixels: longest side, space, height of a text line, colour bar
 LEVELS = 3
 BOX_COLOR = "#00c8ff"  # far from all COLORS
 COLORS = ((10, 8, 36), (68, 24, 108), (150, 38, 110), (220, 76, 70), (248, 156, 50), (252, 246, 190))  # RGB, 0 to top
+
+
+@torch.no_grad()
+def explain_image(distiller: Distiller, name: str, dataset: Dataset, title: str) -> Image.Image:
+    """Draw where the method of a distiller looks on an image.
+
+    Args:
+        distiller: in eval mode, on one device with its teacher.
+        name: of the image, see `find_image`.
+        dataset: the validation set.
+        title: of the picture.
+
+    Raises:
+        ValueError: the image does not exist, or the method needs ground truth that is unknown.
+    """
+    student, method = distiller.student, distiller.method
+    image, target = find_image(name, dataset)
+    device = next(student.parameters()).device
+    known = [{key: target[key].to(device) for key in ("boxes", "labels")}] if target else None
+    images, targets = student.transform([image.to(device)], known)
+    output, _ = forward_detector(student, images, needs=method.needs)
+    try:
+        maps = method.maps(output, distiller.run_teacher(images), targets or [{}])
+    except KeyError as error:
+        if error.args != ("boxes",):
+            raise
+        raise ValueError(
+            f"{title}: the method needs ground-truth boxes, which are unknown for {name}: give the id or the file of "
+            "an image in the validation set"
+        ) from error
+    names, strides = class_names(dataset.categories), student.backbone.strides
+    return draw_explanation(title, image, target, names, maps, strides, images.image_sizes[0])
+
+
+def find_image(name: str, dataset: Dataset) -> tuple[Tensor, dict]:
+    """Return an image [3, h, w] in 0..1 and its target, which is empty if the data set does not have it.
+
+    Args:
+        name: path of a file, or id of an image in the data set. A file with the name and size of an image in the data
+            set is taken for that image.
+        dataset: the validation set.
+
+    Raises:
+        ValueError: it is neither an image file nor an id.
+    """
+    entries = dataset.coco()["images"]
+    if not Path(name).is_file():
+        ids = [str(entry["id"]) for entry in entries]
+        if name not in ids:
+            some = ", ".join(ids[:3])
+            raise ValueError(f"{name} is neither a file nor an image id of the validation set (ids: {some}, ...)")
+        return dataset[ids.index(name)]
+    image = read_photograph(name)
+    for index, entry in enumerate(entries):
+        if Path(entry.get("file_name", "")).name == Path(name).name:
+            known, target = dataset[index]
+            if known.shape == image.shape:
+                return known, target
+    return image, {}
 
 
 def draw_explanation(

@@ -2,10 +2,11 @@
 
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-from kd.run.folder import read_evaluations
+from kd.run.folder import read_evaluations, read_settings
 
 COLUMNS = (
     "method",
@@ -38,25 +39,42 @@ def collect(path: Path) -> list[dict]:
     Args:
         path: a folder of runs, or a file with one run per line, as `pack` writes it.
 
+    A run whose files are damaged is named on stderr and left out.
+
     Raises:
         ValueError: there are none.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_file():
-        runs = [json.loads(line) for line in path.read_text().splitlines()]
+        runs = read_packed(path)
     else:
-        runs = [
-            {
-                "folder": str(file.parent.relative_to(path)),
-                "args": json.loads(file.read_text()),
-                "log": read_evaluations(file.parent),
-            }
-            for file in sorted(path.rglob("args.json"))
-        ]
+        runs = []
+        for folder in sorted(file.parent for file in path.rglob("args.json")):
+            try:
+                run = {"args": read_settings(folder), "log": read_evaluations(folder)}
+            except ValueError as error:
+                print(f"left out: {error}", file=sys.stderr)
+            else:
+                runs.append({"folder": str(folder.relative_to(path)), **run})
     runs = [run for run in runs if run["log"]]
     if not runs:
         raise ValueError(f"{path} is neither a run (no model.pt) nor a folder of evaluated runs")
+    return runs
+
+
+def read_packed(file: Path) -> list[dict]:
+    """Return the runs in a file of `pack`.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:  # not text, or not JSON
+        runs = [None]
+    if not all(isinstance(run, dict) and {"folder", "args", "log"} <= run.keys() for run in runs):
+        raise ValueError(f"{file} is not a file of --pack: give one, the folder of a run, or a folder of runs")
     return runs
 
 
