@@ -19,7 +19,7 @@ from kd.detectors.mmdet import AlignedPooler
 from kd.features import forward_detector
 
 CLASSES = ("cat", "dog", "cow")
-HEADS = {"retinanet": ("retina_cls", "retina_reg"), "fcos": ("conv_cls", "conv_reg")}
+HEADS = {"retinanet": ("retina_cls", "retina_reg"), "fcos": ("conv_cls", "conv_reg"), "gfl": ("gfl_cls", "gfl_reg")}
 SIZE = (64, 96)  # P7 is not a multiple of its stride
 
 
@@ -64,16 +64,19 @@ def make_checkpoint(detector: str, body: torch.nn.Module) -> dict:
     for tower in ("cls_convs", "reg_convs"):
         for block in range(4):
             random_layer(weights, f"bbox_head.{tower}.{block}.conv", 256, 256, bias=bias)
-            if detector == "fcos":
+            if detector != "retinanet":
                 weights[f"bbox_head.{tower}.{block}.gn.weight"] = 0.5 + torch.rand(256)
                 weights[f"bbox_head.{tower}.{block}.gn.bias"] = 0.1 * torch.randn(256)
     anchors = 9 if detector == "retinanet" else 1
     logits, deltas = HEADS[detector]
     random_layer(weights, f"bbox_head.{logits}", 3 * anchors, 256)
-    random_layer(weights, f"bbox_head.{deltas}", 4 * anchors, 256)
+    random_layer(weights, f"bbox_head.{deltas}", 4 * (17 if detector == "gfl" else anchors), 256)
+    if detector != "retinanet":
+        weights |= {f"bbox_head.scales.{level}.scale": 0.5 + torch.rand(()) for level in range(5)}
     if detector == "fcos":
         random_layer(weights, "bbox_head.conv_centerness", 1, 256)
-        weights |= {f"bbox_head.scales.{level}.scale": 0.5 + torch.rand(()) for level in range(5)}
+    if detector == "gfl":
+        weights["bbox_head.integral.project"] = torch.arange(17.0)
     return {"meta": {"CLASSES": CLASSES}, "state_dict": weights}
 
 
@@ -95,7 +98,7 @@ def by_hand(detector: str, weights: dict[str, Tensor], maps: list[Tensor]) -> tu
         logits, deltas = "rpn_head.rpn_cls", "rpn_head.rpn_reg"
     else:
         fpn.append(conv("neck.fpn_convs.3.conv", maps[-1] if detector == "retinanet" else fpn[-1], stride=2))
-        before = fpn[-1] if detector == "retinanet" else fpn[-1].relu()
+        before = fpn[-1].relu() if detector == "fcos" else fpn[-1]
         fpn.append(conv("neck.fpn_convs.4.conv", before, stride=2))
         towers = []
         for x in fpn:
@@ -105,7 +108,7 @@ def by_hand(detector: str, weights: dict[str, Tensor], maps: list[Tensor]) -> tu
                 for block in range(4):
                     name = f"bbox_head.{tower}.{block}"
                     y = conv(f"{name}.conv", y)
-                    if detector == "fcos":
+                    if detector != "retinanet":
                         y = F.group_norm(y, 32, weights[f"{name}.gn.weight"], weights[f"{name}.gn.bias"])
                     y = y.relu()
                 outputs.append(y)
@@ -117,6 +120,9 @@ def by_hand(detector: str, weights: dict[str, Tensor], maps: list[Tensor]) -> tu
         stride = 2 ** (level + (2 if detector == "faster_rcnn" else 3))
         if detector == "fcos":
             output = (weights[f"bbox_head.scales.{level}.scale"] * output).exp()
+        if detector == "gfl":  # the means of distributions over 0..16 strides
+            edges = (weights[f"bbox_head.scales.{level}.scale"] * output).unflatten(0, (4, 17)).softmax(dim=1)
+            output = stride * sum(bin * edges[:, bin] for bin in range(17))
         boxes.append(decode(detector, output, stride))
     return fpn, [conv(logits, tower) for tower, _ in towers], boxes
 
@@ -127,8 +133,9 @@ def decode(detector: str, output: Tensor, stride: int) -> Tensor:
     for row in range(output.shape[1]):
         for column in range(output.shape[2]):
             values = output[:, row, column].view(-1, 4).tolist()
-            if detector == "fcos":
-                x, y = (column + 0.5) * stride, (row + 0.5) * stride
+            if detector in ("fcos", "gfl"):
+                offset = 0.5 if detector == "fcos" else 0
+                x, y = (column + offset) * stride, (row + offset) * stride
                 boxes += [[x - left, y - top, x + right, y + bottom] for left, top, right, bottom in values]
                 continue
             scales = [4 * 2 ** (third / 3) for third in range(3)] if detector == "retinanet" else [8]
@@ -140,7 +147,7 @@ def decode(detector: str, output: Tensor, stride: int) -> Tensor:
     return torch.tensor(boxes)
 
 
-@pytest.mark.parametrize("detector", ["retinanet", "fcos", "faster_rcnn"])
+@pytest.mark.parametrize("detector", ["retinanet", "fcos", "gfl", "faster_rcnn"])
 @torch.no_grad()
 def test_matches_the_layers_by_hand(detector, body):
     """Levels, logits and boxes; a student fits, and inherits what means the same in torchvision."""
@@ -235,9 +242,12 @@ def test_refusals_name_the_reason(body):
     assert describe_mmdet({"model": {}}) is None and describe_mmdet({"state_dict": {"conv.weight": 0}}) is None
     content = make_checkpoint("retinanet", body)
     weights = content["state_dict"]
-    gfl = {re.sub("retina_", "gfl_", name): value for name, value in weights.items()}
-    with pytest.raises(ValueError, match="of none of retinanet, fcos, faster_rcnn on resnet50, resnet101, resnext101"):
-        describe_mmdet({"state_dict": gfl})
+    atss = {re.sub("retina_", "atss_", name): value for name, value in weights.items()}
+    with pytest.raises(
+        ValueError,
+        match="not one of mmdetection's retinanet, fcos, gfl, faster_rcnn on resnet50, resnet101, resnext101",
+    ):
+        describe_mmdet({"state_dict": atss})
     config = "style='pytorch'\n_base_\nstyle='caffe'"
     with pytest.raises(ValueError, match="a retinanet of mmdetection with settings .* give one of pytorch style"):
         load_mmdet({"state_dict": weights, "meta": {"config": config}}, SIZE)

@@ -1,20 +1,18 @@
 """Checkpoints of mmdetection's zoo (v2.0) as torchvision's detectors, converted in memory.
 
-RetinaNet, Faster R-CNN and FCOS on ResNet-50, ResNet-101 and ResNeXt-101 (64x4d). Given the same resized image, they
-detect what they detect in mmdetection; FCOS's scores are the square roots, and rank its candidates, as in torchvision.
-What differs from torchvision's own detectors: anchors (`kd.detectors.anchors.ExactAnchors`), RetinaNet's P6 and P7,
-Faster R-CNN's RoIAlign, FCOS's regression and centre-ness, and strides, mean and std of ResNets from Caffe.
+RetinaNet, Faster R-CNN, FCOS and GFL on ResNet-50, ResNet-101 and ResNeXt-101 (64x4d) detect here what they detect in
+mmdetection, given the same resized image. Scores of FCOS are the square roots, and rank its candidates, as in
+torchvision. Other than in our own detectors are anchors (`kd.detectors.anchors.ExactAnchors`), P6 and P7, RoIAlign,
+FCOS's regression and centre-ness, and strides, mean and std of ResNets from Caffe.
 """
 
-import math
 import re
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSHead
-from torchvision.ops import roi_align
+from torchvision.ops import poolers, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-from torchvision.ops.poolers import LevelMapper
 
 from kd.detectors.backbone import STRIDES
 from kd.detectors.build import build_detector
@@ -24,6 +22,7 @@ from kd.detectors.zoo import zoo_classes
 FAMILIES = {  # a tensor that only this one has
     "bbox_head.retina_cls.weight": "retinanet",
     "bbox_head.conv_centerness.weight": "fcos",
+    "bbox_head.gfl_cls.weight": "gfl",
     "roi_head.bbox_head.fc_cls.weight": "faster_rcnn",
 }
 BACKBONES = {(6, 64): "resnet50", (23, 64): "resnet101", (23, 256): "resnext101_64x4d"}  # blocks of layer3, width
@@ -33,8 +32,8 @@ NAMES = (
     (r"neck\.fpn_convs\.(\d)\.conv", r"backbone.fpn.layer_blocks.\1.0"),
     (r"bbox_head\.cls_convs\.", "head.classification_head.conv."),
     (r"bbox_head\.reg_convs\.", "head.regression_head.conv."),
-    (r"bbox_head\.(retina|conv)_cls", "head.classification_head.cls_logits"),
-    (r"bbox_head\.(retina|conv)_reg", "head.regression_head.bbox_reg"),
+    (r"bbox_head\.(retina|conv|gfl)_cls", "head.classification_head.cls_logits"),
+    (r"bbox_head\.(retina|conv|gfl)_reg", "head.regression_head.bbox_reg"),
     (r"bbox_head\.conv_centerness", "head.classification_head.bbox_ctrness"),
     (r"rpn_head\.rpn_conv", "rpn.head.conv.0.0"),
     (r"rpn_head\.rpn_cls", "rpn.head.cls_logits"),
@@ -59,8 +58,7 @@ def describe_mmdet(content: dict) -> tuple[str, str] | None:
     depth = len({name.split(".")[2] for name in weights if name.startswith("backbone.layer3.")})
     width = weights.get("backbone.layer1.0.conv2.weight", torch.empty(0)).shape[0]
     if detector is None or (depth, width) not in BACKBONES:
-        families = f"{', '.join(FAMILIES.values())} on {', '.join(BACKBONES.values())}"
-        raise ValueError(f"a checkpoint of mmdetection, but of none of {families}")
+        raise ValueError(f"not one of mmdetection's {', '.join(FAMILIES.values())} on {', '.join(BACKBONES.values())}")
     return detector, BACKBONES[depth, width]
 
 
@@ -85,8 +83,8 @@ def load_mmdet(content: dict, image_size: tuple[int, int] = (800, 1333)) -> tupl
     if styles[-1:] not in ([], [style]) or re.search("(norm_on_bbox|centerness_on_reg)=True", config):
         raise ValueError(f"a {detector} of mmdetection with settings that are not supported: give one of {style} style")
     model = build_detector(detector, backbone, classes, image_size=image_size, from_scratch=False, anchors="mmdet")
-    if detector == "retinanet":
-        model.backbone.fpn.extra_blocks = LinearP6P7(2048, 256)
+    if detector in ("retinanet", "gfl"):
+        model.backbone.fpn.extra_blocks = LinearP6P7(2048 if detector == "retinanet" else 256, 256)
     elif detector == "fcos":
         model.head, model.nms_thresh = ExponentialHead(256, 1, classes), 0.5
     else:
@@ -103,7 +101,8 @@ def load_mmdet(content: dict, image_size: tuple[int, int] = (800, 1333)) -> tupl
 
 def convert(weights: dict[str, Tensor], detector: str) -> dict[str, Tensor]:
     """Return the state_dict of a detector by torchvision's names, with a background class in front."""
-    result = {rename(name, detector): w for name, w in weights.items() if not name.endswith("num_batches_tracked")}
+    unused = ("num_batches_tracked", "integral.project")  # the latter counts from 0 to 16
+    result = {rename(name, detector): w for name, w in weights.items() if not name.endswith(unused)}
     for kind, fill in (("weight", 0.0), ("bias", NEVER)):
         if detector == "faster_rcnn":
             cls_score, bbox_pred = (f"roi_heads.box_predictor.{name}.{kind}" for name in ("cls_score", "bbox_pred"))
@@ -113,14 +112,17 @@ def convert(weights: dict[str, Tensor], detector: str) -> dict[str, Tensor]:
             logits = f"head.classification_head.cls_logits.{kind}"
             rows = result[logits].unflatten(0, (9 if detector == "retinanet" else 1, -1))  # [A, K, ...]
             result[logits] = torch.cat([torch.full_like(rows[:, :1], fill), rows], dim=1).flatten(0, 1)
-    if detector == "fcos":
+    if detector in ("fcos", "gfl"):
+        scales = [result.pop(f"bbox_head.scales.{level}.scale") for level in range(5)]
         towers = {name: w for name, w in result.items() if "_head.conv." in name and w.ndim == 4}
         result |= {name.replace("weight", "bias"): torch.zeros(len(w)) for name, w in towers.items()}
+    if detector == "gfl":
+        result["head.regression_head.scales"] = torch.stack(scales)
+    if detector == "fcos":
         weight, bias = (result.pop(f"head.regression_head.bbox_reg.{kind}") for kind in ("weight", "bias"))
-        for level, stride in enumerate(STRIDES["fcos"]):
-            scale = result.pop(f"bbox_head.scales.{level}.scale")
+        for level, (scale, stride) in enumerate(zip(scales, STRIDES["fcos"])):
             result[f"head.regression_head.bbox_reg.{level}.weight"] = scale * weight
-            result[f"head.regression_head.bbox_reg.{level}.bias"] = scale * bias - math.log(stride)
+            result[f"head.regression_head.bbox_reg.{level}.bias"] = scale * bias - torch.tensor(stride).log()
     return result
 
 
@@ -140,18 +142,18 @@ def use_caffe(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Set the strides, mean and std of Caffe's ResNets; change the weights of the first layer from BGR to RGB."""
     for stage in ("layer2", "layer3", "layer4"):
         block = model.backbone.body[stage][0]
-        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     model.transform.image_mean = [mean / 255 for mean in (122.7717, 115.9465, 102.9801)]
     model.transform.image_std = [1 / 255] * 3
     weights["backbone.body.conv1.weight"] = weights["backbone.body.conv1.weight"].flip(1)
 
 
 class LinearP6P7(LastLevelP6P7):
-    """P6 from C5 and P7 from P6, without torchvision's ReLU before P7."""
+    """P6 from C5, or P5 with as many channels as P6, and P7 from P6, without torchvision's ReLU before P7."""
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append P6 and P7 to the levels `p` and their names; `c` are the maps of the body."""
-        p6 = self.p6(c[-1])
+        p6 = self.p6(p[-1] if self.use_P5 else c[-1])
         return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
@@ -190,7 +192,7 @@ class AlignedPooler(nn.Module):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Return [R, C, 7, 7] for the R boxes of all images, xyxy pixels."""
         rois = torch.cat([nn.functional.pad(part, (1, 0), value=index) for index, part in enumerate(boxes)])
-        levels = LevelMapper(2, 5)(boxes)
+        levels = poolers.LevelMapper(2, 5)(boxes)
         result = x["0"].new_zeros(len(rois), x["0"].shape[1], 7, 7)
         for index, stride in enumerate(STRIDES["faster_rcnn"][:4]):
             chosen = levels == index
