@@ -17,6 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from kd.detectors import build_detector, check_pair, describe_mmdet, fitting_arguments, inherit, load_mmdet
 from kd.detectors.mmdet import AlignedPooler
 from kd.features import forward_detector
+from kd.run.checkpoint import load_teacher
 
 CLASSES = ("cat", "dog", "cow")
 HEADS = {"retinanet": ("retina_cls", "retina_reg"), "fcos": ("conv_cls", "conv_reg"), "gfl": ("gfl_cls", "gfl_reg")}
@@ -176,7 +177,7 @@ def test_matches_the_layers_by_hand(detector, body):
     else:
         assert all((level[:, :, 0] == -100).all() for level in output.cls_logits)
 
-    student = build_detector(detector, "test_resnet", 4, image_size=SIZE, **fitting_arguments(teacher))
+    student = build_detector(detector, "test_resnet", 4, image_size=SIZE, **fitting_arguments(teacher, detector))
     check_pair(student, teacher, ("fpn", "cls_tower", "cls_logits", "boxes"))
     left = {name.removesuffix(".weight").removesuffix(".bias") for name in inherit(student, teacher)}
     expected = {f"backbone.fpn.inner_blocks.{level}.0" for level in range(4 if detector == "faster_rcnn" else 3)}
@@ -256,3 +257,27 @@ def test_refusals_name_the_reason(body):
         load_mmdet({**content, "state_dict": deformable}, SIZE)
     with pytest.raises(ValueError, match="(?s)other parts than its zoo's: .*cls_logits.weight"):
         load_mmdet({"state_dict": weights}, SIZE)  # without names, the classes are COCO's
+
+
+def test_a_file_is_recognised(body, tmp_path):
+    """By its names, as a checkpoint or a state_dict; the detector is cut to the classes of the data."""
+    content = make_checkpoint("retinanet", body)
+    torch.save(content, tmp_path / "checkpoint.pth")
+    data = ({1: {"name": "cow"}, 2: {"name": "hen"}}, SIZE)
+    teacher = load_teacher(tmp_path / "checkpoint.pth", "retinanet", "r50", *data)
+    whole, _ = load_mmdet(content, SIZE)
+    features = torch.randn(1, 256, 2, 3)
+    old, new = (m.head.classification_head.cls_logits(features).unflatten(1, (9, -1)) for m in (whole, teacher))
+    assert_close(new[:, :, :2], old[:, :, [0, 3]])
+    assert (new[:, :, 2] == -100).all()
+
+    with pytest.raises(ValueError, match="does not know the classes hen, whose predictions frs reads"):
+        load_teacher(tmp_path / "checkpoint.pth", "retinanet", "r50", *data, "frs")
+    assert load_teacher(tmp_path / "checkpoint.pth", "retinanet", "r50", *data, "l2")
+    with pytest.raises(ValueError, match="pth cannot be used: it contains a retinanet, but --detector is fcos"):
+        load_teacher(tmp_path / "checkpoint.pth", "fcos", "r50", *data)
+    with pytest.raises(ValueError, match="checkpoint.pth contains a resnet50, but --teacher is r101"):
+        load_teacher(tmp_path / "checkpoint.pth", "retinanet", "r101", *data)
+    torch.save(content["state_dict"], tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="(?s)weights.pth cannot be used: .*cls_logits.weight"):  # COCO has 80 classes
+        load_teacher(tmp_path / "weights.pth", "retinanet", "r50", *data)

@@ -3,6 +3,8 @@
 import copy
 import functools
 import hashlib
+import io
+import json
 import pickle
 from functools import partial
 
@@ -11,9 +13,13 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch.testing import assert_close
 from torchvision.models import get_model, get_model_weights
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 
+import eval as evaluation_script
+import train
 from kd.detectors import (
     DETECTORS,
     ZOO,
@@ -28,6 +34,7 @@ from kd.detectors.anchors import make_anchors
 from kd.detectors.classes import match_classes
 from kd.detectors.zoo import zoo_classes
 from kd.features import forward_detector
+from kd.run.checkpoint import load_model, load_teacher
 
 NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2")
 NAME = "fcos_resnet50_fpn"  # whose weights are fetched
@@ -73,15 +80,15 @@ class Malicious:
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A function that publishes a file under a URL that needs no network, and returns where it will be kept."""
+    """A function that publishes a file at a URL that needs no network, and returns where torch.hub will keep it."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "web").mkdir()
 
-    def publish(content: bytes, hashed: bytes | None = None):
+    def publish(content: bytes, hashed: bytes | None = None, name: str = NAME):
         sha = hashlib.sha256(content if hashed is None else hashed).hexdigest()
-        file = tmp_path / "web" / f"fcos-{sha[:8]}.pth"
+        file = tmp_path / "web" / f"{name}-{sha[:8]}.pth"
         file.write_bytes(content)
-        monkeypatch.setattr(get_model_weights(NAME).COCO_V1.value, "url", file.as_uri())
+        monkeypatch.setattr(get_model_weights(name).COCO_V1.value, "url", file.as_uri())
         return tmp_path / "hub" / "checkpoints" / file.name
 
     return publish
@@ -166,14 +173,14 @@ def test_labels_of_the_zoo():
 def test_a_student_fits_its_teacher(name, expected):
     """Small images keep the teacher's anchors, and RetinaNet V2 hands on its towers and its box loss."""
     teacher = build_once(name)
-    assert fitting_arguments(teacher) == expected
+    assert fitting_arguments(teacher, ZOO[name]) == expected and fitting_arguments(teacher, "fcos") == {}
     build = partial(build_detector, ZOO[name], "test_resnet", 91, image_size=(64, 96), from_scratch=False)
     heads = ("cls_tower", "cls_logits", "boxes")
     with pytest.raises(ValueError, match="anchor sizes"):
         check_pair(build(), teacher, heads)
     student = build(**expected)
     check_pair(student, teacher, heads)
-    assert fitting_arguments(student) == expected and student.plain_torchvision
+    assert fitting_arguments(student, ZOO[name]) == expected and student.plain_torchvision
     if name.startswith("fasterrcnn"):  # batch norm in the pyramid and other heads: nothing would mean the same
         with pytest.raises(ValueError, match="cannot inherit: no tensor"):
             inherit(student, teacher)
@@ -192,7 +199,7 @@ def test_a_student_fits_its_teacher(name, expected):
 def test_exact_anchors(detector):
     """By hand: side, ratio and centre of the anchors at one position; they script like torchvision's."""
     model = build_detector(detector, "test_resnet", 3, image_size=(64, 96), anchors="mmdet")
-    assert not model.plain_torchvision and fitting_arguments(model)["anchors"] == "mmdet"
+    assert not model.plain_torchvision and fitting_arguments(model, detector)["anchors"] == "mmdet"
     generator = make_anchors(detector, "mmdet")
     stride = generator.strides[1]
     sizes = [(5, 7), (3, 4), (2, 2), (1, 1), (1, 1)]  # the image is no multiple of the stride
@@ -223,3 +230,53 @@ def test_anchors_differ_from_torchvisions():
     check_pair(*pair, ("fpn",))
     with pytest.raises(ValueError, match="unknown anchors 'full': choose torchvision, half, mmdet"):
         build_detector("fcos", "test_resnet", 3, anchors="full")
+
+
+def test_one_flag(published, coco_folder, tmp_path, monkeypatch, capsys):
+    """A COCO teacher for a data set of persons is fetched and cut; its student fits, trains, and loads again."""
+    for file in (coco_folder / "annotations").iterdir():
+        coco = json.loads(file.read_text())
+        coco["categories"] = [{"id": 7, "name": "person"}]
+        for annotation in coco["annotations"]:
+            annotation["category_id"] = 7
+        file.write_text(json.dumps(coco))
+    name, weights = "retinanet_resnet50_fpn_v2", io.BytesIO()
+    whole = build_once(name)
+    torch.save(whole.state_dict(), weights)
+    published(weights.getvalue(), name=name)
+
+    run, machine = tmp_path / "run", ("--device", "cpu")
+    words = ["--method", "frs", "--teacher", name, "--student", "test_resnet", "--inherit", "--data", str(coco_folder)]
+    words += ["--image-size", "64", "96", "--max-iterations", "1", "--amp", "off", "--output", str(run), *machine]
+    train.main(train.parse_args(words))
+    printed = capsys.readouterr().out
+    assert f"teacher {name} from torchvision: AP" in printed
+    assert "the student takes from its teacher: anchors torchvision, tower_norm True, giou True\n" in printed
+    assert "except: backbone.fpn.inner_blocks.0.0.weight" in printed and "extra_blocks.p6.weight\n" in printed
+
+    teacher = load_teacher(None, "retinanet", name, {1: {"name": "person"}}, (64, 96), "frs")
+    images = ImageList(torch.randn(1, 3, 64, 96), [(64, 96)])
+    before, after = (forward_detector(model, images, needs=("cls_logits",))[0] for model in (whole, teacher))
+    for old, new in zip(before.cls_logits, after.cls_logits):
+        assert_close(new, old[:, :, [0, 1]])
+
+    student, content = load_model(run / "model.pt")
+    assert content["arguments"]["anchors"] == "torchvision" and student.plain_torchvision
+    head = RetinaNetHead(256, 9, 2, norm_layer=partial(torch.nn.GroupNorm, 32))
+    sizes = {"min_size": 64, "max_size": 96, "detections_per_img": 100}
+    plain = RetinaNet(copy.deepcopy(student.backbone), 2, head=head, **sizes).eval()
+    plain.load_state_dict(content["model"], strict=True)
+    plain.transform.image_mean, plain.transform.image_std = student.transform.image_mean, student.transform.image_std
+    with torch.no_grad():
+        (found,), (expected,) = (model([images.tensors[0].sigmoid()]) for model in (student, plain))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+    def evaluate(*words):
+        evaluation_script.main(evaluation_script.parse_args([*map(str, words), *machine]))
+
+    evaluate(run, "--explain", "1")
+    assert (run / "explain-1.png").is_file()
+    monkeypatch.setattr(evaluation_script, "ZOO_SIZE", (64, 96))
+    capsys.readouterr()
+    evaluate(name, "--data", coco_folder)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["AP", "person"]

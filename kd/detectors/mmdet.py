@@ -46,12 +46,12 @@ NAMES = (
 
 
 def describe_mmdet(content: dict) -> tuple[str, str] | None:
-    """Return detector and timm backbone of a checkpoint of mmdetection, None for the content of other files.
+    """Return detector and timm backbone of a checkpoint or state_dict of mmdetection, None for the content of others.
 
     Raises:
         ValueError: it is another family or backbone.
     """
-    weights = content.get("state_dict", {})
+    weights = content.get("state_dict", content)
     if not any(name.startswith("neck.") for name in weights):
         return None
     detector = next((family for name, family in FAMILIES.items() if name in weights), None)
@@ -66,7 +66,7 @@ def load_mmdet(content: dict, image_size: tuple[int, int] = (800, 1333)) -> tupl
     """Build the detector in a checkpoint of mmdetection.
 
     Args:
-        content: of the file: state_dict, and in meta the text of the configuration and CLASSES, by default COCO's.
+        content: a state_dict, or state_dict and meta, with the text of the configuration and CLASSES, else COCO's.
         image_size: (short side, long side) in pixels that images are resized to.
 
     Returns:
@@ -90,7 +90,7 @@ def load_mmdet(content: dict, image_size: tuple[int, int] = (800, 1333)) -> tupl
     else:
         model.roi_heads.box_roi_pool = AlignedPooler()
     try:
-        weights = convert(content["state_dict"], detector)
+        weights = convert(content.get("state_dict", content), detector)
         if style == "caffe":
             use_caffe(model, weights)
         model.load_state_dict(weights, strict=True)

@@ -4,10 +4,11 @@ import re
 from collections.abc import Collection
 
 from torch import nn
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 
 from kd.detectors.anchors import ExactAnchors
 from kd.detectors.classes import num_classes
+from kd.detectors.gfl import GFL
 
 FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that know neither classes nor boxes
 
@@ -16,14 +17,22 @@ FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that k
 PARTS = re.compile(r"backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
 
 
-def fitting_arguments(teacher: nn.Module) -> dict[str, object]:
-    """Return the arguments of `build_detector` that give a student the anchors of a teacher, and RetinaNet's head."""
+def fitting_arguments(teacher: nn.Module, detector: str) -> dict[str, object]:
+    """Return the arguments of `build_detector` that give a student the anchors of its teacher, and RetinaNet's head.
+
+    Args:
+        teacher: a detector.
+        detector: of the student; nothing is taken from a teacher of another family.
+    """
+    families = {"fcos": FCOS, "gfl": GFL, "retinanet": RetinaNet, "faster_rcnn": FasterRCNN}
+    if type(teacher) is not families[detector]:
+        return {}
     generator = anchor_generator(teacher)
     if isinstance(generator, ExactAnchors):
         anchors = "mmdet"
     else:
         anchors = "half" if generator.sizes[0][0] == 16 else "torchvision"
-    if not isinstance(teacher, RetinaNet):
+    if detector != "retinanet":
         return {"anchors": anchors}
     head = teacher.head.regression_head
     return {
