@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from kd.data import DataError, class_names, open_dataset
 from kd.detectors import ZOO
 from kd.evaluation import evaluate, format_evaluation
-from kd.run.arguments import check_machine
+from kd.run.arguments import COCO_RECIPE, check_machine
 from kd.run.checkpoint import load_distiller, load_model, load_teacher
 from kd.run.errors import one_line_errors
 from kd.run.folder import read_settings
@@ -39,14 +39,13 @@ from kd.tools.table import collect, compare, format_table, pack
 
 # What each mode reads besides the run and --device.
 FLAGS = {
-    "a single run": ("val_images", "val_annotations", "workers", "score_threshold"),
+    "the evaluation of a run": ("val_images", "val_annotations", "workers", "score_threshold"),
     "--explain": ("explain", "teacher_weights", "val_images", "val_annotations"),
     "--predict": ("predict", "score_threshold"),
     "--export": ("export", "val_images", "val_annotations"),
     "a detector of torchvision": ("data", "val_images", "val_annotations", "workers"),
-    "several runs": ("curves", "markdown", "pack"),
+    "the table of runs": ("curves", "markdown", "pack"),
 }
-ZOO_SIZE = (800, 1333)  # short and long side for a detector of torchvision, in pixels
 COMPARED = 8  # images on which an exported file is compared with torch
 
 
@@ -74,12 +73,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """List several runs; or evaluate one, explain it, predict with it or export it."""
-    run = {"--explain": explain, "--predict": predict_images, "--export": export, "several runs": list_runs}
-    run["a detector of torchvision"] = evaluate_zoo
+    functions = {"--explain": explain, "--predict": predict_images, "--export": export, "the table of runs": list_runs}
+    functions |= {"the evaluation of a run": evaluate_run, "a detector of torchvision": evaluate_zoo}
     mode = check(args)
     if args.device == "cpu":
         keep_freed_memory()
-    run.get(mode, evaluate_run)(args)
+    functions[mode](args)
 
 
 def check(args: argparse.Namespace) -> str:
@@ -95,13 +94,13 @@ def check(args: argparse.Namespace) -> str:
     single = (Path(args.run) / "model.pt").is_file()
     if modes and not single:
         raise ValueError(f"{modes[0]} needs a single run, but there is no {Path(args.run) / 'model.pt'}")
-    several = "a detector of torchvision" if args.run in ZOO else "several runs"
-    mode = modes[0] if modes else "a single run" if single else several
+    several = "a detector of torchvision" if args.run in ZOO else "the table of runs"
+    mode = modes[0] if modes else "the evaluation of a run" if single else several
     defaults = vars(parse_args([args.run]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in ("device", *FLAGS[mode]):
             readers = ", ".join(other for other, flags in FLAGS.items() if name in flags)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect for {mode}, only for {readers}: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {mode}, only on {readers}: leave it out")
     if not 0 <= args.score_threshold <= 1:
         raise ValueError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1")
     return mode
@@ -118,12 +117,14 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def evaluate_zoo(args: argparse.Namespace) -> None:
-    """Print COCO's numbers of a detector of torchvision on a validation set."""
-    root, device = Path(args.data or ""), torch.device(args.device)
+    """Print COCO's numbers of a detector of torchvision on a validation set, with images of COCO's usual size."""
+    if not args.data and not (args.val_images and args.val_annotations):
+        raise ValueError(f"{args.run} needs a validation set: give --data, or --val-images and --val-annotations")
+    root, device, size = Path(args.data or ""), torch.device(args.device), COCO_RECIPE["image_size"]
     images = args.val_images or root / "val2017"
     annotations = args.val_annotations or root / "annotations" / "instances_val2017.json"
-    dataset = open_dataset(images, annotations, ZOO_SIZE, train=False)
-    detector = load_teacher(None, ZOO[args.run], args.run, dataset.categories, ZOO_SIZE).to(device)
+    dataset = open_dataset(images, annotations, size, train=False)
+    detector = load_teacher(None, ZOO[args.run], args.run, dataset.categories, size).to(device)
     print(format_evaluation(evaluate(detector, dataset, device, batch_size=1, workers=args.workers, name=args.run)[0]))
 
 

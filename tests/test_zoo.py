@@ -276,7 +276,7 @@ def test_one_flag(published, coco_folder, tmp_path, monkeypatch, capsys):
 
     evaluate(run, "--explain", "1")
     assert (run / "explain-1.png").is_file()
-    monkeypatch.setattr(evaluation_script, "ZOO_SIZE", (64, 96))
+    monkeypatch.setitem(evaluation_script.COCO_RECIPE, "image_size", (64, 96))
     capsys.readouterr()
     evaluate(name, "--data", coco_folder)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["AP", "person"]

@@ -34,8 +34,7 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image of one of FORMATS; its pixels are decoded when they are needed.
 
     Raises:
-        OSError: the file cannot be read, or has another format.
-        ValueError: the image has more pixels than Pillow decodes without a warning (89 million).
+        OSError: the file cannot be read, has another format, or has more pixels than Pillow decodes without a warning.
     """
     # Warnings are filtered for the whole process, because filters cannot be set for a thread.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -43,7 +42,7 @@ def open_image(path: str | Path) -> Image.Image:
         return Image.open(path, formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         most = Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"more than {most} million pixels: scale it down, or cut it into parts") from error
+        raise OSError(f"more than {most} million pixels: scale it down, or cut it into parts") from error
 
 
 def find_bad_images(folder: Path, images: list[dict]) -> dict[int, str]:

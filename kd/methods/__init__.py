@@ -16,6 +16,7 @@ from torch import nn
 
 from kd.methods.cwd import CWD
 from kd.methods.drkd import DRKD
+from kd.methods.fgd import FGD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
 from kd.methods.mgd import MGD
@@ -35,6 +36,7 @@ METHODS = {
     "pkd": PKD,
     "cwd": CWD,
     "mgd": MGD,
+    "fgd": FGD,
 }
 
 

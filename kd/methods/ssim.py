@@ -158,11 +158,10 @@ class SSIM(nn.Module):
         adapter: bool = False,
     ):
         super().__init__()
-        if window < 1 or window % 2 == 0 or sigma <= 0 or normalize not in ("image", "channel"):
-            raise ValueError(
-                f"window must be odd and positive, not {window}; sigma must be positive, not {sigma}; normalize must "
-                f'be "image" or "channel", not {normalize!r}'
-            )
+        if window < 1 or window % 2 == 0 or sigma <= 0:
+            raise ValueError(f"window must be odd and positive, sigma positive, not {window} and {sigma}")
+        if normalize not in ("image", "channel"):
+            raise ValueError(f'normalize must be "image" or "channel", not {normalize!r}')
         self.options = {"normalize": normalize, "window": window, "sigma": sigma}
         self.loss_weight = LOSS_WEIGHT[detector] if loss_weight is None else loss_weight
         adapted = adapter or student_channels != teacher_channels

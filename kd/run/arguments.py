@@ -81,7 +81,7 @@ def check_paths(args: argparse.Namespace) -> None:
     for name in ("teacher_weights", "pretrained"):
         value = getattr(args, name)
         if isinstance(value, str) and not Path(value).is_file():
-            raise ValueError(f"{option(name)} {value}: no such file")
+            raise ValueError(f"{option(name)} {value}: {'not a file' if Path(value).exists() else 'no such file'}")
     if args.data and Path(args.data).is_file():
         raise ValueError(
             f"--data {args.data} is a file: give the folder that contains train2017/, val2017/ and annotations/, or "

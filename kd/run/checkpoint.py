@@ -98,6 +98,9 @@ def restore(parts: dict[str, object], path: Path, epochs: int, steps_per_epoch: 
             f"{path} is not a checkpoint of this run: epoch {epoch}, step {step} is not among {epochs} epochs of "
             f"{steps_per_epoch} steps"
         )
+    losses = content["losses"]
+    if not all(type(value) is float for value in losses.values()) or not all(t in losses for t in content["terms"]):
+        raise ValueError(f"{path} is not a checkpoint of this run: its losses and terms do not belong together")
     for name, part in parts.items():
         restore_part(name, part, content[name], path)
     return content

@@ -65,13 +65,13 @@ def check_model(content: object, path: str | Path) -> None:
 def check_parts(content: object, parts: dict[str, type], path: str | Path, fault: str) -> None:
     """Raise ValueError with a fault unless the content of a file has these parts of these types."""
     if not isinstance(content, dict):
-        raise ValueError(f"{path} {fault}: it contains a {type(content).__name__}")
+        raise ValueError(f"{path} {fault}: it has type {type(content).__name__}, not dict")
     missing = [name for name in parts if name not in content]
     if missing:
         raise ValueError(f"{path} {fault}: it lacks {', '.join(missing)}")
     for name, kind in parts.items():
         if not isinstance(content[name], kind) or isinstance(content[name], bool):
-            raise ValueError(f"{path} {fault}: its {name} is a {type(content[name]).__name__}, not a {kind.__name__}")
+            raise ValueError(f"{path} {fault}: {name} has type {type(content[name]).__name__}, not {kind.__name__}")
 
 
 def is_state_dict(value: object) -> bool:

@@ -7,6 +7,7 @@
 | checkpoint.pt | each epoch and every ten minutes | everything needed to continue |
 | model.pt | at the end | the student alone: weights and how to build it |
 | best.pt | at evaluations, if there are several | the same, at its highest AP so far |
+| lock | during training | the process that trains here |
 | samples.png | at each evaluation | ground truth, detections of the teacher and of the student |
 """
 

@@ -72,14 +72,13 @@ def predict(
         One line with the numbers of images, detections and skipped files.
 
     Raises:
-        ValueError: a path does not exist or is a file that is not an image, there is no image, or `folder` is one of
-            the folders.
+        ValueError: a path does not exist or is a file that is not an image, there is no image, or a picture would
+            overwrite its image.
     """
-    given = {os.path.abspath(path) for path in paths}
-    if os.path.abspath(folder) in given:
-        raise ValueError(f"{folder} is where the pictures are written to: give another folder of images")
+    files, given = find_files(paths), {os.path.abspath(path) for path in paths}
+    if any(os.path.abspath(folder / name) == str(path) for name, path in files.items()):
+        raise ValueError(f"pictures are written to {folder} and would overwrite images there: give images elsewhere")
     results, skipped, names = [], [], class_names(categories)
-    files = find_files(paths)
     device = next(detector.parameters()).device
     for name, path in tqdm(files.items(), "predictions", leave=False, dynamic_ncols=True):
         try:
