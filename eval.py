@@ -1,4 +1,4 @@
-"""Evaluate a run, draw where its method looks, predict on images, export its student, or list many runs.
+"""Evaluate a run or a detector of torchvision, draw where a method looks, predict, export a student, or list runs.
 
 python eval.py runs/frs-fcos-r101-r50    COCO's numbers of the run's model.pt, AP per class; draws samples.png
 python eval.py runs/frs-fcos-r101-r50 --explain 139 photo.jpg
@@ -7,6 +7,8 @@ python eval.py runs/frs-fcos-r101-r50 --predict photo.jpg folder
                                          predictions/: the images with boxes, and detections.json in COCO's format
 python eval.py runs/frs-fcos-r101-r50 --export student.onnx
                                          an ONNX file, compared with torch on images of the validation set
+python eval.py retinanet_resnet50_fpn_v2 --data /path/to/coco
+                                         the same numbers of a detector of torchvision
 python eval.py runs/                     a table of all runs in a folder
 python eval.py runs/ --curves ap.png     also a picture of their AP against epochs
 python eval.py runs/ --pack runs.jsonl   also a text file with a line per run, which can be given instead of a folder
@@ -21,9 +23,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from kd.data import DataError, class_names, open_dataset
-from kd.evaluation import METRICS, evaluate, format_classes
-from kd.run.arguments import check_machine
-from kd.run.checkpoint import load_distiller, load_model
+from kd.detectors import ZOO
+from kd.evaluation import evaluate, format_evaluation
+from kd.run.arguments import COCO_RECIPE, check_machine
+from kd.run.checkpoint import load_distiller, load_model, load_teacher
 from kd.run.errors import one_line_errors
 from kd.run.folder import read_settings
 from kd.run.speed import keep_freed_memory
@@ -40,6 +43,7 @@ FLAGS = {
     "--explain": ("explain", "teacher_weights", "val_images", "val_annotations"),
     "--predict": ("predict", "score_threshold"),
     "--export": ("export", "val_images", "val_annotations"),
+    "a detector of torchvision": ("data", "val_images", "val_annotations", "workers"),
     "the table of runs": ("curves", "markdown", "pack"),
 }
 COMPARED = 8  # images on which an exported file is compared with torch
@@ -50,7 +54,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("run", help="folder of a run or of several, or a file of --pack")
+    add("run", help=f"folder of a run or of several, a file of --pack, or {', '.join(ZOO)}")
+    add("--data", help="for a detector of torchvision: folder with val2017/ and annotations/instances_val2017.json")
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
     add("--predict", nargs="+", metavar="IMAGE", help="draw the detections on image files or folders of them")
     add("--export", metavar="FILE", help="write the student as an ONNX file; needs the package onnx")
@@ -60,9 +65,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--teacher-weights", help="for --explain: file of the teacher, instead of the one trained with")
     add("--val-images", help="folder, instead of the one trained with")
     add("--val-annotations", help="JSON file, instead of the one trained with")
-    add(
-        "--score-threshold", type=float, default=THRESHOLD, help="draw detections from this score, default: %(default)s"
-    )
+    add("--score-threshold", type=float, default=THRESHOLD, help="draw detections from this score (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda (default, if any) or cpu")
     add("--workers", type=int, default=0, help="data loading processes")
     return parser.parse_args(words)
@@ -70,14 +73,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """List several runs; or evaluate one, explain it, predict with it or export it."""
-    functions = {
-        "the evaluation of a run": evaluate_run,
-        "--explain": explain,
-        "--predict": predict_images,
-        "--export": export,
-        "the table of runs": list_runs,
-    }
-    functions[check(args)](args)
+    functions = {"--explain": explain, "--predict": predict_images, "--export": export, "the table of runs": list_runs}
+    functions |= {"the evaluation of a run": evaluate_run, "a detector of torchvision": evaluate_zoo}
+    mode = check(args)
+    if args.device == "cpu":
+        keep_freed_memory()
+    functions[mode](args)
 
 
 def check(args: argparse.Namespace) -> str:
@@ -93,7 +94,8 @@ def check(args: argparse.Namespace) -> str:
     single = (Path(args.run) / "model.pt").is_file()
     if modes and not single:
         raise ValueError(f"{modes[0]} needs a single run, but there is no {Path(args.run) / 'model.pt'}")
-    mode = modes[0] if modes else "the evaluation of a run" if single else "the table of runs"
+    several = "a detector of torchvision" if args.run in ZOO else "the table of runs"
+    mode = modes[0] if modes else "the evaluation of a run" if single else several
     defaults = vars(parse_args([args.run]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in ("device", *FLAGS[mode]):
@@ -108,14 +110,22 @@ def evaluate_run(args: argparse.Namespace) -> None:
     """Print COCO's numbers of a run's student on the validation set, and draw samples.png."""
     folder, device = Path(args.run), torch.device(args.device)
     detector, settings, dataset = open_run(args)
-    if device.type == "cpu":
-        keep_freed_memory()
     options = {"batch_size": settings["batch_size"], "workers": args.workers, "name": folder.name}
     metrics, detections = evaluate(detector.to(device), dataset, device, **options)
-    for name in METRICS:
-        print(f"{name:6}{metrics[name]:8.3f}" if metrics[name] >= 0 else f"{name:6}  no such objects")
-    print(f"\nAP per class\n{format_classes(metrics['AP_per_class'])}")
+    print(format_evaluation(metrics))
     draw_samples(dataset, {folder.name: detections}, args.score_threshold).save(folder / "samples.png")
+
+
+def evaluate_zoo(args: argparse.Namespace) -> None:
+    """Print COCO's numbers of a detector of torchvision on a validation set, with images of COCO's usual size."""
+    if not args.data and not (args.val_images and args.val_annotations):
+        raise ValueError(f"{args.run} needs a validation set: give --data, or --val-images and --val-annotations")
+    root, device, size = Path(args.data or ""), torch.device(args.device), COCO_RECIPE["image_size"]
+    images = args.val_images or root / "val2017"
+    annotations = args.val_annotations or root / "annotations" / "instances_val2017.json"
+    dataset = open_dataset(images, annotations, size, train=False)
+    detector = load_teacher(None, ZOO[args.run], args.run, dataset.categories, size).to(device)
+    print(format_evaluation(evaluate(detector, dataset, device, batch_size=1, workers=args.workers, name=args.run)[0]))
 
 
 def predict_images(args: argparse.Namespace) -> None:

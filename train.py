@@ -21,21 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.data import check_same_classes, open_dataset, summarize
-from kd.detectors import build_detector, check_pair, inherit
+from kd.detectors import ZOO, build_detector, check_pair, fitting_arguments, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.evaluation import evaluate, format_metrics
 from kd.methods import build_method
 from kd.run.arguments import plain_arguments, settle
 from kd.run.checkpoint import is_from_scratch, load_teacher, save_model, start_from
-from kd.run.distributed import (
-    barrier,
-    init_distributed,
-    mean_over_processes,
-    rank,
-    say,
-    share_buffers,
-    world_size,
-)
+from kd.run.distributed import barrier, init_distributed, mean_over_processes, rank, say, share_buffers, world_size
 from kd.run.errors import one_line_errors
 from kd.run.files import locked
 from kd.run.folder import (
@@ -68,7 +60,7 @@ def main(args: argparse.Namespace) -> dict:
         if is_finished(output):
             say(f"{output} is finished")
             return read_evaluations(output)[-1]
-        if args.method != "none" and args.teacher_weights is None:
+        if args.method != "none" and args.teacher_weights is None and args.teacher not in ZOO:
             args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
         return train(args)
 
@@ -81,9 +73,9 @@ def train_companions(args: argparse.Namespace) -> str:
     """
     if args.train_annotations:
         raise ValueError(
-            f"no weights for the teacher {args.teacher}. Either train it (the same command with --method none "
-            f"--student {args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a "
-            f"COCO_V1 checkpoint of torchvision's {args.detector}"
+            f"no weights for the teacher {args.teacher}. Train it (the same command with --method none --student "
+            f"{args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a checkpoint of "
+            f"mmdetection's zoo, or take a detector of torchvision as --teacher: {', '.join(ZOO)}"
         )
     teacher = plain_arguments(args, "teacher", args.teacher, TEACHER_SCHEDULE * args.epochs)
     teacher.student_weights = None
@@ -122,9 +114,9 @@ def train(args: argparse.Namespace) -> dict:
     teacher, results, shown = None, [], {}
     if args.method != "none":
         path, name = args.teacher_weights, f"teacher {args.teacher}"
-        teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, size).to(device)
+        teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, size, args.method).to(device)
         metrics, detections = score(teacher, limit=TEACHER_CHECK, name=name)
-        say(f"{name} from {path}: AP {metrics['AP']:.3f} on {len(detections)} validation images")
+        say(f"{name} from {path or 'torchvision'}: AP {metrics['AP']:.3f} on {len(detections)} validation images")
         some = f", {len(detections)} images" if len(detections) < len(val_set) else ""
         results.append(result(f"{name}{some}", metrics, teacher))
         shown[name] = detections
@@ -139,6 +131,10 @@ def train(args: argparse.Namespace) -> dict:
         "image_size": size,
         "from_scratch": is_from_scratch(args.student_weights) if args.student_weights else not args.pretrained,
     }
+    if teacher:
+        fitting = fitting_arguments(teacher, args.detector)
+        arguments |= fitting
+        say(f"the student takes from its teacher: {', '.join(f'{name} {value}' for name, value in fitting.items())}")
     student = build_detector(**arguments, pretrained=args.pretrained)
     if args.student_weights:
         left = start_from(student, args.student_weights)

@@ -148,6 +148,12 @@ def format_metrics(metrics: dict) -> str:
     return "  ".join([*numbers, *([f"(no such objects: {', '.join(absent)})"] if absent else [])])
 
 
+def format_evaluation(metrics: dict) -> str:
+    """Return COCO's twelve numbers, a line each, and the AP of each class."""
+    lines = [f"{n:6}{metrics[n]:8.3f}" if metrics[n] >= 0 else f"{n:6}  no such objects" for n in METRICS]
+    return "\n".join([*lines, "", "AP per class", format_classes(metrics["AP_per_class"])])
+
+
 def format_classes(AP: dict[str, float], width: int = 100) -> str:
     """Return the AP of classes as columns of text, the best first; classes without objects form the last line.
 

@@ -117,7 +117,10 @@ def _forward_dense(
             output.edge_logits = [level.unsqueeze(1) for level in edges]
             head_outputs["edge_logits"] = torch.cat([level.permute(0, 3, 4, 1, 2).flatten(1, 2) for level in edges], 1)
         else:
-            deltas = [at_least_float32(regress.bbox_reg(blocks[-1])) for blocks in reg_tower]
+            layers = [regress.bbox_reg] * len(fpn)
+            if isinstance(regress.bbox_reg, nn.ModuleList):  # mmdetection's FCOS has one for each level
+                layers = regress.bbox_reg
+            deltas = [at_least_float32(layer(blocks[-1])) for layer, blocks in zip(layers, reg_tower)]
         if type(detector) is FCOS:
             deltas = [nn.functional.relu(level) for level in deltas]
         output.bbox_regression = [_per_anchor(level, 4) for level in deltas]

@@ -57,6 +57,14 @@ DEVICES = ("gpu", "mps", "xpu", "meta", "cpu:3", "cuda:x", "cuda:-1")
         (["--detector", "retina"], "unknown detector 'retina': choose retinanet"),
         (["--student", "resnet5O"], "did you mean.*resnet50"),
         ([*DISTILL, "l2", "--teacher", "resnet5O"], "did you mean.*resnet50"),
+        (
+            [*DISTILL, "l2", "--teacher", "fcos_resnet50"],
+            "timm has no model .* Detectors of torchvision are fcos_",
+        ),
+        (
+            [*DISTILL, "l2", "--teacher", "fcos_resnet50_fpn", "--detector", "gfl"],
+            "--teacher fcos_resnet50_fpn is a fcos: leave out --detector gfl",
+        ),
         (["--epochs", "0"], "--epochs is 0: give a number from 1 to 1000000000"),
         (["--batch-size", "-1"], "--batch-size is -1: give a number from 1"),
         (["--max-iterations", "0"], "--max-iterations is 0"),

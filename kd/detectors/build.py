@@ -5,16 +5,16 @@ from functools import partial
 
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
+from kd.detectors.anchors import make_anchors
 from kd.detectors.backbone import FPN_CHANNELS, STRIDES, build_backbone, freeze_like_torchvision
 from kd.detectors.gfl import GFL
 
 DETECTORS = tuple(STRIDES)
 
 # torchvision's anchors and numbers of proposals suit photographs of 800 pixels. Below this short side, anchors are
-# half as large and there are fewer proposals.
+# half as large and there are fewer proposals, unless a teacher has others.
 SMALL_IMAGE = 400
 SMALL_PROPOSALS = {
     "rpn_post_nms_top_n_train": 500,  # per image; torchvision: 2000
@@ -38,12 +38,15 @@ def build_detector(
     image_size: tuple[int, int] = (800, 1333),
     pretrained: bool | str = False,
     from_scratch: bool | None = None,
+    anchors: str | None = None,
+    tower_norm: bool | None = None,
+    giou: bool = False,
 ) -> FCOS | RetinaNet | FasterRCNN:
     """Build a detector on a timm backbone; images are normalised with the backbone's mean and std.
 
     With pretrained weights, the batch norm of the backbone and its layers up to stride 4 are frozen, as in
     torchvision. From scratch, batch norm is trained and RetinaNet's towers have group norm, as in torchvision's
-    retinanet_resnet50_fpn_v2.
+    retinanet_resnet50_fpn_v2. The last three arguments make a student that fits a teacher of other origin.
 
     The bias of FCOS's regression output starts at 2 strides instead of 0: the ReLU behind it would not recover from
     negative outputs at the start.
@@ -52,15 +55,22 @@ def build_detector(
         detector: one of DETECTORS.
         backbone: a short name (r18, r50, ...) or a timm model name.
         num_classes: K, including the background class 0, as in torchvision.
-        image_size: (short side, long side) in pixels that images are resized to. Below a short side of 400, anchors of
-            RetinaNet and Faster R-CNN are half of torchvision's, from 16 pixels, and Faster R-CNN uses fewer proposals
-            (SMALL_PROPOSALS).
+        image_size: (short side, long side) in pixels that images are resized to.
         pretrained: True loads ImageNet weights from timm's model hub, a path loads them from a timm state_dict.
         from_scratch: whether normalisation is trained, see above; default: true without pretrained weights. Needed
             when a saved detector is built again.
+        anchors: as in `kd.detectors.anchors.make_anchors`. With "half", anchors of RetinaNet and Faster R-CNN begin at
+            16 pixels, and Faster R-CNN uses fewer proposals (SMALL_PROPOSALS). Default: "half" below a short side of
+            400 pixels, else "torchvision".
+        tower_norm: whether RetinaNet's towers have group norm; default: as from_scratch.
+        giou: train RetinaNet's boxes with GIoU instead of L1, as torchvision's retinanet_resnet50_fpn_v2.
+
+    Returns:
+        The detector. But for GFL, its state_dict loads into torchvision's own class. Its attribute `plain_torchvision`
+        is True if that class detects the same, and False for GFL and with "mmdet", whose anchors torchvision lacks.
 
     Raises:
-        ValueError: unknown detector or backbone, weights that cannot be loaded, or an invalid size.
+        ValueError: unknown detector, backbone or anchors, weights that cannot be loaded, or an invalid size.
     """
     check_detector(detector)
     min_size, max_size = image_size
@@ -70,6 +80,8 @@ def build_detector(
         raise ValueError(f"num_classes is {num_classes}: background and at least one class are needed")
     if from_scratch is None:
         from_scratch = not pretrained
+    if anchors is None:
+        anchors = "half" if min_size < SMALL_IMAGE else "torchvision"
 
     body_and_fpn = build_backbone(backbone, detector, pretrained)
     if not from_scratch:
@@ -82,21 +94,20 @@ def build_detector(
         "image_mean": list(body_and_fpn.body.pretrained_cfg["mean"]),
         "image_std": list(body_and_fpn.body.pretrained_cfg["std"]),
     }
-    smallest = 16 if min_size < SMALL_IMAGE else 32  # side of the smallest anchor, in pixels
+    generator = make_anchors(detector, anchors)
     if detector == "fcos":
         # torchvision's score threshold of 0.2 drops detections that count for COCO's AP; RetinaNet has 0.05.
-        model = FCOS(body_and_fpn, score_thresh=0.05, **options)
+        model = FCOS(body_and_fpn, anchor_generator=generator, score_thresh=0.05, **options)
         nn.init.constant_(model.head.regression_head.bbox_reg.bias, 2.0)
     elif detector == "gfl":
-        model = GFL(body_and_fpn, **options)
+        model = GFL(body_and_fpn, anchor_generator=generator, **options)
     elif detector == "retinanet":
-        sizes = tuple(tuple(int(smallest * 2**level * 2 ** (third / 3)) for third in range(3)) for level in range(5))
-        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        norm = partial(nn.GroupNorm, 32) if from_scratch else None
-        head = RetinaNetHead(FPN_CHANNELS, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
-        model = RetinaNet(body_and_fpn, anchor_generator=anchors, head=head, detections_per_img=100, **options)
+        norm = partial(nn.GroupNorm, 32) if (from_scratch if tower_norm is None else tower_norm) else None
+        head = RetinaNetHead(FPN_CHANNELS, generator.num_anchors_per_location()[0], num_classes, norm_layer=norm)
+        head.regression_head._loss_type = "giou" if giou else "l1"  # as torchvision sets it
+        model = RetinaNet(body_and_fpn, anchor_generator=generator, head=head, detections_per_img=100, **options)
     else:
-        anchors = AnchorGenerator(tuple((smallest * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
-        proposals = SMALL_PROPOSALS if min_size < SMALL_IMAGE else {}
-        model = FasterRCNN(body_and_fpn, rpn_anchor_generator=anchors, **proposals, **options)
+        proposals = SMALL_PROPOSALS if anchors == "half" else {}
+        model = FasterRCNN(body_and_fpn, rpn_anchor_generator=generator, **proposals, **options)
+    model.plain_torchvision = detector != "gfl" and anchors != "mmdet"
     return model

@@ -1,15 +1,52 @@
 """A teacher and a student that fit each other: checked, and the student initialised from the teacher."""
 
+import re
 from collections.abc import Collection
 
 from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+
+from kd.detectors.anchors import ExactAnchors
+from kd.detectors.classes import num_classes
+from kd.detectors.gfl import GFL
+
+FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that know neither classes nor boxes
+
+# Tensors that are inherited together or not at all, if the teacher names others there: a convolution before batch norm
+# is of no use without it, nor is a predictor behind another head.
+PARTS = re.compile(r"backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
+
+
+def fitting_arguments(teacher: nn.Module, detector: str) -> dict[str, object]:
+    """Return the arguments of `build_detector` that give a student the anchors of its teacher, and RetinaNet's head.
+
+    Args:
+        teacher: a detector.
+        detector: of the student; nothing is taken from a teacher of another family.
+    """
+    families = {"fcos": FCOS, "gfl": GFL, "retinanet": RetinaNet, "faster_rcnn": FasterRCNN}
+    if type(teacher) is not families[detector]:
+        return {}
+    generator = anchor_generator(teacher)
+    if isinstance(generator, ExactAnchors):
+        anchors = "mmdet"
+    else:
+        anchors = "half" if generator.sizes[0][0] == 16 else "torchvision"
+    if detector != "retinanet":
+        return {"anchors": anchors}
+    head = teacher.head.regression_head
+    return {
+        "anchors": anchors,
+        "tower_norm": isinstance(head.conv[0][1], nn.GroupNorm),
+        "giou": head._loss_type == "giou",
+    }
 
 
 def check_pair(student: nn.Module, teacher: nn.Module, needs: Collection[str]) -> None:
     """Raise ValueError unless what a method reads of teacher and student corresponds position by position.
 
-    For FPN features alone, the strides must agree. Otherwise also detector, number of classes and anchors. Backbones
-    and input normalisation may differ.
+    The strides must agree; for towers also the detector; for logits and boxes also number of classes and anchors.
+    Backbones and input normalisation may differ.
 
     Args:
         student: a detector.
@@ -18,9 +55,11 @@ def check_pair(student: nn.Module, teacher: nn.Module, needs: Collection[str]) -
     """
     compared = {"strides": lambda m: m.backbone.strides}
     if set(needs) != {"fpn"}:
+        compared["detector"] = lambda m: type(m).__name__
+    if set(needs) - FEATURES:
         compared |= {
-            "detector": lambda m: type(m).__name__,
             "number of classes (background included)": num_classes,
+            "anchors": lambda m: type(anchor_generator(m)).__name__,
             "anchor sizes": lambda m: anchor_generator(m).sizes,
             "anchor aspect ratios": lambda m: anchor_generator(m).aspect_ratios,
         }
@@ -34,19 +73,27 @@ def check_pair(student: nn.Module, teacher: nn.Module, needs: Collection[str]) -
 
 
 def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Initialise the student's FPN and heads from the teacher wherever shapes agree; return what was left out.
+    """Initialise the student's FPN and heads from the teacher wherever they agree; return what was left out.
 
     The body of the backbone is never inherited. Lateral convolutions of the FPN are left out where the channels of the
-    backbones differ. PGD, FGD and others report results of students that start this way.
+    backbones differ, and parts that are built otherwise in the teacher. PGD, FGD and others report results of students
+    that start this way.
 
     Raises:
         ValueError: not a single tensor fits.
     """
-    theirs = teacher.state_dict()
-    ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
-    fitting = {name: theirs[name] for name, v in ours.items() if name in theirs and theirs[name].shape == v.shape}
+    theirs, ours = (
+        {name: value for name, value in detector.state_dict().items() if not name.startswith("backbone.body.")}
+        for detector in (teacher, student)
+    )
+    others = {PARTS.match(name)[0] for name in ours.keys() ^ theirs.keys()}
+    fitting = {
+        name: theirs[name]
+        for name, value in ours.items()
+        if name in theirs and theirs[name].shape == value.shape and PARTS.match(name)[0] not in others
+    }
     if not fitting:
-        raise ValueError("the student cannot inherit: no tensor of the teacher's FPN and heads has the same shape")
+        raise ValueError("the student cannot inherit: no tensor of the teacher's FPN and heads fits")
     student.load_state_dict(fitting, strict=False)
     return [name for name in ours if name not in fitting]
 
@@ -54,10 +101,3 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
 def anchor_generator(detector: nn.Module) -> nn.Module:
     """Return the anchor generator of a detector, the RPN's for Faster R-CNN."""
     return detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator
-
-
-def num_classes(detector: nn.Module) -> int:
-    """Return the number of classes of a detector, background included."""
-    if hasattr(detector, "roi_heads"):
-        return detector.roi_heads.box_predictor.cls_score.out_features
-    return detector.head.classification_head.num_classes

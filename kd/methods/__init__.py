@@ -80,6 +80,11 @@ def build_method(
     return make(detector, student_channels, teacher_channels, strides, **values)
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """Return the DetectorOutput attributes that a method reads."""
+    return getattr(METHODS[name], "func", METHODS[name]).needs
+
+
 def hyper_parameters(name: str) -> dict[str, inspect.Parameter]:
     """Return the hyper-parameters of a method by name."""
     fixed = getattr(METHODS[name], "keywords", {})  # l1 and l2 are one class with p fixed

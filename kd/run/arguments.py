@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kd.detectors import FPN_CHANNELS, STRIDES, check_detector, timm_name
+from kd.detectors import FPN_CHANNELS, STRIDES, ZOO, check_detector, timm_name
 from kd.methods import METHODS, build_method
 from kd.run.contents import SIDES
 from kd.run.distributed import world_size
@@ -97,16 +97,24 @@ def check_names(args: argparse.Namespace) -> None:
             f"unknown method {args.method!r}: choose {close[0] if close else ', '.join(('none', *METHODS))}"
         )
     if args.method != "none" and not args.teacher:
-        raise ValueError(f"--method {args.method} needs a teacher: add --teacher BACKBONE")
+        raise ValueError(f"--method {args.method} needs a teacher: add --teacher NAME")
     if args.method == "none":
         for name, default in PLAIN.items():
             if getattr(args, name) != default:
                 raise ValueError(f"--method none does not distil: leave out {option(name)}")
     if args.student_weights and (args.pretrained or args.inherit):
         raise ValueError("--student-weights replaces the whole student: leave out --pretrained and --inherit")
-    for backbone in filter(None, (args.student, args.teacher)):
-        timm_name(backbone)
+    timm_name(args.student)
+    if args.teacher and args.teacher not in ZOO:
+        try:
+            timm_name(args.teacher)
+        except ValueError as error:
+            raise ValueError(f"{error}. Detectors of torchvision are {', '.join(ZOO)}") from error
+    family = ZOO.get(args.teacher)
+    args.detector = args.detector or family or "fcos"
     check_detector(args.detector)
+    if family and args.detector != family:
+        raise ValueError(f"--teacher {args.teacher} is a {family}: leave out --detector {args.detector}")
     if args.method != "none":
         with torch.device("meta"):  # find wrong hyper-parameters before a teacher is trained
             build_method(args.method, args.detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[args.detector], args.set)

@@ -7,9 +7,22 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from kd.detectors import build_detector, check_pair, timm_name
+from kd.data import class_names
+from kd.detectors import (
+    FEATURES,
+    ZOO,
+    build_detector,
+    build_zoo,
+    check_pair,
+    describe_mmdet,
+    fetch_weights,
+    load_mmdet,
+    match_classes,
+    timm_name,
+    zoo_classes,
+)
 from kd.distiller import Distiller, TrainingError
-from kd.methods import build_method
+from kd.methods import build_method, needs
 from kd.run.contents import check_model, check_parts, first_three, is_state_dict, is_whole, not_finite
 from kd.run.files import whole
 
@@ -148,35 +161,79 @@ def build_saved(content: object, path: str | Path) -> nn.Module:
 
 
 def load_teacher(
-    path: str | Path, detector: str, backbone: str, categories: dict[int, dict], image_size: tuple[int, int]
+    path: str | Path | None,
+    detector: str,
+    name: str,
+    categories: dict[int, dict],
+    image_size: tuple[int, int],
+    method: str | None = None,
 ) -> nn.Module:
-    """Load a teacher from the model.pt of a run or from a state_dict of torchvision.
+    """Load a teacher, and give it the classes of the data, matched by name.
 
     Args:
-        path: of the file.
+        path: model.pt of a run, a state_dict of torchvision, or a checkpoint of mmdetection; None for the weights that
+            torchvision publishes.
         detector: one of DETECTORS.
-        backbone: a short name or a timm model name; must agree with the file.
-        categories: COCO category of each label of the data; names must agree with the file if it has them.
-        image_size: (short side, long side) in pixels, for a state_dict, which does not contain it.
+        name: a key of ZOO, or a backbone, by a short name or timm's; must agree with the file.
+        categories: COCO category of each label of the data. A state_dict has no names: without a name of ZOO, it must
+            have the same labels.
+        image_size: (short side, long side) in pixels, for files that do not contain it.
+        method: that it serves; without one, it may lack any of the classes.
 
     Returns:
         The detector in eval mode.
 
     Raises:
-        ValueError: the file is of neither kind, or has another backbone, other classes or weights that do not fit.
+        ValueError: the file is of another kind, or has another detector, backbone or weights that do not fit, or the
+            teacher does not know a class and the method reads more than features.
     """
-    content = load(path)
-    if is_state_dict(content):
-        return load_torchvision(path, detector, backbone, max(categories) + 1, image_size)
-    teacher = build_saved(content, path)
-    theirs, ours = ({label: c["name"] for label, c in known.items()} for known in (content["categories"], categories))
-    differing = sorted(label for label in theirs.keys() | ours.keys() if theirs.get(label) != ours.get(label))
-    if differing:
-        raise ValueError(f"the classes of the teacher {path} differ from those of the data at labels {differing[:10]}")
-    held = content["arguments"]["backbone"]
-    if timm_name(held).split(".")[0] != timm_name(backbone).split(".")[0]:  # behind the dot are pretrained weights
-        raise ValueError(f"{path} contains a {held}, but --teacher is {backbone}")
+    content = {} if path is None else load(path)
+    if name in ZOO:
+        teacher, known = build_zoo(name, image_size), zoo_classes(name)
+        load_strictly(teacher, read_weights(path) if path else fetch_weights(name), path or name)
+    elif converted := load_converted(content, path, detector, name, image_size):
+        teacher, known = converted
+    elif is_state_dict(content):
+        return load_torchvision(path, detector, name, max(categories) + 1, image_size)
+    else:
+        teacher, known = build_saved(content, path), class_names(content["categories"])
+        check_backbone(content["arguments"]["backbone"], name, path)
+    missing = match_classes(teacher, known, class_names(categories))
+    if missing and method and set(needs(method)) - FEATURES:
+        raise ValueError(
+            f"the teacher {path or name} does not know the classes {', '.join(missing)}, whose predictions {method} "
+            "reads: take a teacher that does, or a method that reads features alone"
+        )
     return teacher
+
+
+def check_backbone(held: str, name: str, path: str | Path) -> None:
+    """Raise ValueError unless a file has the backbone that was named."""
+    if timm_name(held).split(".")[0] != timm_name(name).split(".")[0]:  # behind the dot are pretrained weights
+        raise ValueError(f"{path} contains a {held}, but --teacher is {name}")
+
+
+def load_converted(
+    content: object, path: str | Path, detector: str, name: str, image_size: tuple[int, int]
+) -> tuple[nn.Module, dict[int, str]] | None:
+    """Return the detector in a checkpoint of mmdetection and its classes, None for the content of other files.
+
+    Arguments and errors are those of `load_teacher`.
+    """
+    if not isinstance(content, dict) or not is_state_dict(content.get("state_dict", content)):
+        return None
+    try:
+        described = describe_mmdet(content)
+        if described is None:
+            return None
+        family, backbone = described
+        if family != detector:
+            raise ValueError(f"it contains a {family}, but --detector is {detector}")
+        converted = load_mmdet(content, image_size)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    check_backbone(backbone, name, path)
+    return converted
 
 
 def load_torchvision(
@@ -184,13 +241,14 @@ def load_torchvision(
 ) -> nn.Module:
     """Load a state_dict of torchvision, such as the COCO weights of retinanet_resnet50_fpn, into our own detector.
 
-    The COCO_V1 checkpoints of fcos, retinanet and fasterrcnn_resnet50_fpn fit. The V2 ones have other necks and heads.
+    The COCO_V1 checkpoints of fcos, retinanet and fasterrcnn_resnet50_fpn fit. The V2 ones have other necks and heads:
+    see `kd.detectors.build_zoo`.
 
     Raises:
         ValueError: the file is not a state_dict, or its weights do not fit.
     """
-    scratch = is_from_scratch(path)
-    model = build_detector(detector, backbone, num_classes, image_size=image_size, from_scratch=scratch)
+    arguments = {"image_size": image_size, "from_scratch": is_from_scratch(path), "anchors": "torchvision"}
+    model = build_detector(detector, backbone, num_classes, **arguments)
     load_strictly(model, read_weights(path), path)
     if detector in ("retinanet", "faster_rcnn"):  # torchvision evaluates these checkpoints with eps = 0
         for module in model.modules():
@@ -256,7 +314,7 @@ def load_distiller(
     if settings["method"] == "none":
         raise ValueError(f"{folder} has no method to explain: it was trained with --method none")
     path = teacher_weights or settings["teacher_weights"]
-    if not Path(path).is_file():
+    if path and not Path(path).is_file():
         raise ValueError(f"the teacher of {folder} is not at {path}: give its file as --teacher-weights")
     teacher = load_teacher(path, settings["detector"], settings["teacher"], categories, settings["image_size"])
     channels = student.backbone.out_channels, teacher.backbone.out_channels

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kd.detectors import DETECTORS
+from kd.detectors.anchors import ANCHORS
 
 SIDES = (32, 10_000)  # smallest and largest image side, in pixels
 MOST_CLASSES = 20_000  # V3Det, the public data set with the most, has 13,204
@@ -23,13 +24,16 @@ def is_size(value) -> bool:
     return is_pair and all(is_whole(side, *SIDES) for side in value) and value[0] <= value[1]
 
 
-# The arguments of `build_detector` that model.pt has. Others could load or download files.
+# The arguments of `build_detector` that model.pt may have. Others could load or download files.
 ARGUMENTS = {
     "detector": (lambda value: value in DETECTORS, f"one of {', '.join(DETECTORS)}"),
     "backbone": (lambda value: isinstance(value, str), "a string"),
     "num_classes": (lambda value: is_whole(value, 2, MOST_CLASSES), f"an integer from 2 to {MOST_CLASSES}"),
     "image_size": (is_size, f"the short and the long side, from {SIDES[0]} to {SIDES[1]} pixels"),
     "from_scratch": (lambda value: isinstance(value, bool), "True or False"),
+    "anchors": (lambda value: value is None or value in ANCHORS, f"one of {', '.join(ANCHORS)} or absent"),
+    "tower_norm": (lambda value: value is None or isinstance(value, bool), "True, False or absent"),
+    "giou": (lambda value: value is None or isinstance(value, bool), "True, False or absent"),
 }
 
 

@@ -10,6 +10,10 @@ On one GPU with COCO-format data, first a teacher (or baseline), then a student:
     python train.py --method frs --teacher r101 --student r50 --pretrained --data /path/to/coco \
         --teacher-weights runs/none-fcos-r101-coco/model.pt
 
+With a detector of torchvision as teacher, which is downloaded:
+
+    python train.py --method frs --teacher retinanet_resnet50_fpn_v2 --student r18 --pretrained --data /path/to/coco
+
 On eight GPUs, and on two machines of eight:
 
     torchrun --nproc-per-node 8 train.py ...
@@ -25,7 +29,7 @@ import argparse
 
 import torch
 
-from kd.detectors import DETECTORS
+from kd.detectors import DETECTORS, ZOO
 from kd.methods import METHODS, describe_method
 from kd.run.speed import AMP
 
@@ -43,11 +47,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model").add_argument
     add("--method", default="none", help=f"none (default), {', '.join(METHODS)}")
-    add("--detector", default="fcos", help=f"{', '.join(DETECTORS)}; default: fcos")
+    add("--detector", help=f"{', '.join(DETECTORS)}; default: that of a --teacher of torchvision, else fcos")
     add("--student", default="r50", help="backbone: r18 r34 r50 (default) r101 r152 or a timm model with feature maps")
     add("--student-weights", metavar="FILE", help="model.pt or state_dict of torchvision to start from")
-    add("--teacher", help="backbone of the teacher")
-    add("--teacher-weights", metavar="FILE", help="model.pt of a teacher's run, or a COCO_V1 state_dict of torchvision")
+    add("--teacher", help=f"its backbone, or a detector of torchvision with its weights: {', '.join(ZOO)}")
+    weights_help = "model.pt of a teacher's run, a state_dict of torchvision, or a checkpoint of mmdetection's zoo"
+    add("--teacher-weights", metavar="FILE", help=weights_help)
     add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help="ImageNet backbone, timm's or FILE")
     add("--inherit", action="store_true", help="initialise the student's FPN and heads from the teacher")
 
