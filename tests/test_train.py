@@ -273,7 +273,7 @@ def test_fp16_skips_steps(tmp_path, monkeypatch):
     """A scale that overflows fp16 is lowered, and the step it cost is counted."""
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    small = ("--image-size", 32, 32, "--batch-size", 1)
+    small = ("--image-size", 32, 32, "--batch-size", 2)
     run("--output", tmp_path / "x", "--amp", "fp16", "--max-iterations", 2, *small)
     (line,) = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
     assert line["skipped_steps"] == 2
