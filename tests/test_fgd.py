@@ -306,7 +306,7 @@ def test_maps(fake_output, targets):
 def test_errors(fake_output):
     s, other = fake_output(1).fpn[:2]
     weights = torch.ones(2, 4, 6)
-    with pytest.raises(ValueError, match=r"must agree, not .*\(2, 4, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"must agree: .*\(2, 4, 2, 3\)"):
         focal_losses(s, other, weights, 0.5)
-    with pytest.raises(ValueError, match=r"must agree, not .*\(2, 1, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"must agree: .*\(2, 1, 4, 6\)"):
         focal_losses(s, s, weights[:, None], 0.5)

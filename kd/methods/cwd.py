@@ -1,9 +1,9 @@
 """CWD: "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, https://arxiv.org/abs/2011.13256.
 
-Each channel of a feature map responds to something, and the places where it responds most tell what. CWD turns every
-channel into a distribution over the positions of the image by a softmax, and compares the distributions of student and
-teacher by their Kullback-Leibler divergence. It is weighted by the teacher's distribution, so the student must respond
-where the teacher does, and background, where the teacher's probability is near 0, hardly counts.
+What a channel of a feature map has found shows in where it responds most. CWD turns every channel into a distribution
+over positions by a softmax, and compares the student's distributions with the teacher's by their Kullback-Leibler
+divergence. The teacher's probability weights each position: the student must respond where the teacher does, and
+background, where that probability is near 0, hardly counts.
 
     log_P(x) = x / temperature - log sum_p exp(x / temperature)       per image and channel                         (1)
     loss = loss_weight * sum_l  temperature^2 * mean_{n,c}  sum_p  P(t) * (log_P(t) - log_P(s))                     (2)

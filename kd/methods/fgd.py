@@ -19,12 +19,12 @@ Where:
     finest, P2..P5. adapter_l is a 1x1 convolution where channels differ, else the identity.
     In units of the stride, a box covers the positions from the floor of its left and top edge to the ceiling of its
     right and bottom edge, both included; w_b and h_b are their differences. #background_n counts positions of image n.
-    N is the number of images of this process. Nothing is divided by channels or positions.
+    N is the number of images of this process. Channels and positions are summed, not averaged.
     Context blocks, the teacher's too, are trained along and dropped afterwards. Both sides of (7) could agree on less.
 
-Reference code: https://github.com/yzd-v/FGD at c03a6cf (mmdet/distillation/losses/fgd.py, configs/distillers/fgd),
-whose weights are called alpha, beta, gamma and lambda. It scales boxes to the padded map by the image's size without
-padding, which shifts them in padded images; here they are in place. Its students inherit neck and heads (--inherit).
+Reference code: https://github.com/yzd-v/FGD at c03a6cf (mmdet/distillation/losses/fgd.py, configs/distillers/fgd). Its
+weights are called alpha, beta, gamma and lambda; its students inherit neck and heads (--inherit). It scales boxes to
+the padded map by the image's size without padding, which shifts them in padded images; here they are in place.
 """
 
 import torch
@@ -42,9 +42,10 @@ DEFAULTS = {
 def attentions(features: Tensor, T: float) -> tuple[Tensor, Tensor]:
     """Return spatial [N, H, W] and channel [N, C] attention of features [N, C, H, W]; both have mean 1."""
     N, C, H, W = features.shape
-    size = features.abs()
-    mean = size.sum(dim=1) / C  # unlike .mean, keeps channels_last in the backward pass
-    return H * W * (mean.flatten(1) / T).softmax(dim=1).view(N, H, W), C * (size.mean(dim=(2, 3)) / T).softmax(dim=1)
+    magnitude = features.abs()
+    mean = magnitude.sum(dim=1) / C  # unlike .mean, keeps channels_last in the backward pass
+    spatial = H * W * (mean.flatten(1) / T).softmax(dim=1).view(N, H, W)
+    return spatial, C * (magnitude.mean(dim=(2, 3)) / T).softmax(dim=1)  # (1)
 
 
 def split_positions(boxes: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
@@ -53,9 +54,9 @@ def split_positions(boxes: Tensor, stride: int, size: tuple[int, int]) -> Tensor
     right, bottom = (boxes[:, 2:] / stride).ceil().T[..., None]
     y, x = (torch.arange(side, device=boxes.device) for side in size)
     in_rows, in_columns = (top <= y) & (y <= bottom), (left <= x) & (x <= right)  # [M, H], [M, W]
-    weight = 1 / ((bottom - top + 1) * (right - left + 1))  # [M, 1]
-    weights = weight[..., None] * in_rows[:, :, None] * in_columns[:, None, :]  # [M, H, W]
-    foreground = torch.cat([weights, weights.new_zeros(1, *size)]).amax(dim=0)  # (2)
+    area = (bottom - top + 1) * (right - left + 1)  # [M, 1]
+    covered = in_rows[:, :, None] & in_columns[:, None, :]  # [M, H, W]
+    foreground = torch.cat([covered / area[..., None], area.new_zeros(1, *size)]).amax(dim=0)  # (2)
     background = (foreground == 0).to(foreground)
     return torch.stack([foreground, background / background.sum().clamp(min=1)])  # (3)
 
@@ -67,13 +68,12 @@ def focal_losses(student: Tensor, teacher: Tensor, weights: Tensor, T: float) ->
     background [N, H, W]. Raises ValueError if shapes do not agree.
     """
     if student.shape != teacher.shape or weights.shape != student[:, 0].shape:
-        shapes = [tuple(t.shape) for t in (student, teacher, weights)]
-        raise ValueError(f"features [N, C, H, W], twice, and weights [N, H, W] must agree, not {shapes}")
+        raise ValueError(f"features and weights must agree: {[tuple(t.shape) for t in (student, teacher, weights)]}")
     teacher = teacher.detach()
     (spatial_s, channel_s), (spatial_t, channel_t) = attentions(student, T), attentions(teacher, T)
     difference = (channel_t[:, :, None, None] * (student - teacher).square()).sum(dim=1)  # [N, H, W]
-    focal = (weights * spatial_t * difference).sum()
-    attention = (spatial_s - spatial_t).abs().sum() + (channel_s - channel_t).abs().sum()
+    focal = (weights * spatial_t * difference).sum()  # (4)
+    attention = (spatial_s - spatial_t).abs().sum() + (channel_s - channel_t).abs().sum()  # (5)
     return focal / len(student), attention / len(student)
 
 
@@ -93,7 +93,7 @@ class ContextBlock(nn.Module):
         """Return [N, C, H, W] for features [N, C, H, W]."""
         attention = self.score(x).flatten(2).softmax(dim=2)  # [N, 1, HW]
         context = (x.flatten(2) @ attention.mT).squeeze(2)  # [N, C]
-        return x + self.transform(context)[:, :, None, None]
+        return x + self.transform(context)[:, :, None, None]  # (6)
 
 
 class FGD(nn.Module):
