@@ -281,5 +281,7 @@ def test_one_flag(published, coco_folder, tmp_path, monkeypatch, capsys):
     assert (run / "explain-1.png").is_file()
     monkeypatch.setitem(evaluation_script.COCO_RECIPE, "image_size", (64, 96))
     capsys.readouterr()
+    with pytest.raises(ValueError, match=f"{name} needs a validation set: give --data"):
+        evaluate(name)
     evaluate(name, "--data", coco_folder)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["AP", "person"]
