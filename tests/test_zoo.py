@@ -181,11 +181,14 @@ def test_a_student_fits_its_teacher(name, expected):
     student = build(**expected)
     check_pair(student, teacher, heads)
     assert fitting_arguments(student, ZOO[name]) == expected and student.plain_torchvision
-    if name.startswith("fasterrcnn"):  # batch norm in the pyramid and other heads: nothing would mean the same
-        with pytest.raises(ValueError, match="cannot inherit: no tensor"):
-            inherit(student, teacher)
+    left = inherit(student, teacher)
+    if name.startswith("fasterrcnn"):  # other heads; batch norm of the pyramid is folded
+        assert {part.split(".")[0] for part in left} == {"backbone", "rpn", "roi_heads"}
+        features = torch.randn(1, 256, 8, 8)
+        for ours, theirs in zip(student.backbone.fpn.layer_blocks, teacher.backbone.fpn.layer_blocks):
+            assert_close(ours(features), theirs(features))
         return
-    left = inherit(student, teacher)  # other widths of the body's maps, and P6 from another map
+    # other widths of the body's maps, and P6 from another map
     layers = (*(f"inner_blocks.{level}.0" for level in range(3)), "extra_blocks.p6")
     assert left == [f"backbone.fpn.{layer}.weight" for layer in layers]
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
@@ -278,5 +281,7 @@ def test_one_flag(published, coco_folder, tmp_path, monkeypatch, capsys):
     assert (run / "explain-1.png").is_file()
     monkeypatch.setitem(evaluation_script.COCO_RECIPE, "image_size", (64, 96))
     capsys.readouterr()
+    with pytest.raises(ValueError, match=f"{name} needs a validation set: give --data"):
+        evaluate(name)
     evaluate(name, "--data", coco_folder)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["AP", "person"]

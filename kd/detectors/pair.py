@@ -1,9 +1,11 @@
 """A teacher and a student that fit each other: checked, and the student initialised from the teacher."""
 
+import copy
 import re
 from collections.abc import Collection
 
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 
 from kd.detectors.anchors import ExactAnchors
@@ -12,8 +14,8 @@ from kd.detectors.gfl import GFL
 
 FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that know neither classes nor boxes
 
-# Tensors that are inherited together or not at all, if the teacher names others there: a convolution before batch norm
-# is of no use without it, nor is a predictor behind another head.
+# Tensors that are inherited together or not at all, if the teacher names others there: a predictor is of no use behind
+# another head.
 PARTS = re.compile(r"backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
 
 
@@ -76,26 +78,30 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Initialise the student's FPN and heads from the teacher wherever they agree; return what was left out.
 
     The body of the backbone is never inherited. Lateral convolutions of the FPN are left out where the channels of the
-    backbones differ, and parts that are built otherwise in the teacher. PGD, FGD and others report results of students
-    that start this way.
-
-    Raises:
-        ValueError: not a single tensor fits.
+    backbones differ, and parts that are built otherwise in the teacher; batch norm of its FPN is folded. PGD, FGD and
+    others report results of students that start this way.
     """
-    theirs, ours = (
-        {name: value for name, value in detector.state_dict().items() if not name.startswith("backbone.body.")}
-        for detector in (teacher, student)
-    )
+    ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
+    theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.")}
+    theirs |= {f"backbone.fpn.{name}": value for name, value in plain_fpn(teacher).state_dict().items()}
     others = {PARTS.match(name)[0] for name in ours.keys() ^ theirs.keys()}
     fitting = {
         name: theirs[name]
         for name, value in ours.items()
         if name in theirs and theirs[name].shape == value.shape and PARTS.match(name)[0] not in others
     }
-    if not fitting:
-        raise ValueError("the student cannot inherit: no tensor of the teacher's FPN and heads fits")
     student.load_state_dict(fitting, strict=False)
     return [name for name in ours if name not in fitting]
+
+
+def plain_fpn(detector: nn.Module) -> nn.Module:
+    """Return a copy of a detector's FPN with batch norm, in eval mode, folded into the convolutions before it."""
+    fpn = copy.deepcopy(detector.backbone.fpn)
+    for blocks in (fpn.inner_blocks, fpn.layer_blocks):
+        for index, block in enumerate(blocks):
+            if isinstance(block[-1], nn.BatchNorm2d):
+                blocks[index] = nn.Sequential(fuse_conv_bn_eval(*block))
+    return fpn
 
 
 def anchor_generator(detector: nn.Module) -> nn.Module:
