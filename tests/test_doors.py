@@ -88,11 +88,9 @@ def test_a_damaged_run_is_left_out(run, capsys):
 
 @pytest.mark.parametrize("content", [b"\x80\xff", b"7", b"{}", b"PK"])
 def test_a_file_is_not_a_folder_of_runs(run, content):
-    (run / "model.pt").write_bytes(content)
-    with pytest.raises(
-        ValueError, match="model.pt is not a file of --pack: give one, the folder of a run, or a folder"
-    ):
-        evaluation_script.main(evaluation_script.parse_args([str(run / "model.pt")]))
+    (run / "packed").write_bytes(content)
+    with pytest.raises(ValueError, match="packed is not a file of --pack: give one, the folder of a run, or a folder"):
+        evaluation_script.main(evaluation_script.parse_args([str(run / "packed")]))
 
 
 def test_paths_are_absolute(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def test_strides_and_shapes(detector):
         N, C, H, W = output.fpn[level].shape
         assert (N, C, H * stride, W * stride) == (1, 256, 256, 384)
         A, K = output.cls_logits[level].shape[1:3]
-        expected = {"fcos": (1, 4), "retinanet": (9, 4), "faster_rcnn": (3, 1)}
+        expected = {"fcos": (1, 4), "gfl": (1, 4), "retinanet": (9, 4), "faster_rcnn": (3, 1)}
         assert output.cls_logits[level].shape[1:3] == expected[detector]
         assert output.boxes[level].shape == (1, A, 4, H, W)
         centre = (output.anchors[level][:, :2] + output.anchors[level][:, 2:]) / 2
