@@ -18,7 +18,7 @@ from kd.distiller import Distiller
 ROOT = Path(__file__).parents[1]
 COMMON = [
     *("--detector", "retinanet", "--student", "test_resnet", "--image-size", "64", "64", "--max-iterations", "5"),
-    *("--device", "cpu", "--amp", "off", "--optimizer", "sgd", "--lr", "5"),
+    *("--device", "cpu", "--amp", "off", "--optimizer", "sgd", "--lr", "0.02"),
 ]
 METHODS = ("none", "l2", "frs", "pgd", "drkd")
 
