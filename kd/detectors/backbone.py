@@ -66,7 +66,8 @@ class CoarseLevels(LastLevelP6P7):
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append P6 and P7 to the levels `p` and their names; `c` are the maps of the body."""
-        p5 = at_least_float32(p[-1])
+        p = [at_least_float32(level) for level in p]
+        p5 = p[-1]
         if torch.jit.is_scripting():  # its autocast takes a constant device; scripted detectors are not trained
             p6, p7 = self.coarser(p5)
         else:
