@@ -51,6 +51,10 @@ DEVICES = ("gpu", "mps", "xpu", "meta", "cpu:3", "cuda:x", "cuda:-1")
         (["--output", ""], "--output is empty: give a value, or leave it out"),
         (["--data", __file__], "test_arguments.py is a file: give the folder that contains train2017/"),
         (["--pretrained", "absent.pth"], "--pretrained absent.pth: no such file"),
+        (["--student-weights", "absent.pt"], "--student-weights absent.pt: no such file"),
+        (["--student-weights", __file__, "--pretrained"], "replaces the whole student: leave out --pretrained"),
+        (["--accumulate", "0"], "--accumulate is 0: give a number from 1"),
+        ([*DISTILL, "frs", "--distill-weight", "auto:0"], "--distill-weight is 0.0: give a finite number above 0"),
         ([*DISTILL, "frs", "--teacher-weights", "absent.pt"], "--teacher-weights absent.pt: no such file"),
         ([*DISTILL, "l1", "--set", "p=2"], "one of loss_weight"),
         ([*DISTILL, "pgd", "--detector", "faster_rcnn"], "faster_rcnn"),
@@ -63,7 +67,7 @@ DEVICES = ("gpu", "mps", "xpu", "meta", "cpu:3", "cuda:x", "cuda:-1")
         ),
         (
             [*DISTILL, "l2", "--teacher", "fcos_resnet50_fpn", "--detector", "gfl"],
-            "--teacher fcos_resnet50_fpn is a fcos: leave out --detector gfl",
+            "--teacher fcos_resnet50_fpn is a detector of the family fcos: leave out --detector gfl",
         ),
         (["--epochs", "0"], "--epochs is 0: give a number from 1 to 1000000000"),
         (["--batch-size", "-1"], "--batch-size is -1: give a number from 1"),
@@ -119,7 +123,14 @@ def test_refused_by_evaluation(words, message):
         evaluation_script.main(evaluation_script.parse_args(["runs", *words]))
 
 
-@pytest.mark.parametrize("words", [["--optimizer", "adam"], ["--amp", "fp8"], ["--resume", "yes"], ["--epoch", "two"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--optimizer", "adam"], ["--amp", "fp8"], ["--resume", "yes"], ["--epochs", "two"]),
+        *(["--meth", "frs"], ["--help-method", "fsr"], ["--distill-weight", "auto:half"]),
+    ],
+    ids=" ".join,
+)
 def test_refused_while_parsing(words, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(words)

@@ -21,8 +21,7 @@ COCO_RECIPE = {"epochs": 12, "batch_size": 2, "image_size": [800, 1333], "optimi
 # The smallest and the largest value. Random numbers depend on 32 bits of the seed; beyond the other limits are typing
 # errors, which would run out of memory or overflow.
 RANGE = {
-    **{"epochs": (1, 10**9), "batch_size": (1, 10**9), "eval_interval": (1, 10**9), "max_iterations": (1, 10**9)},
-    **{"accumulate": (1, 10**9)},
+    **dict.fromkeys(("epochs", "max_iterations", "eval_interval", "batch_size", "accumulate"), (1, 10**9)),
     **{"clip_grad": (0, 10**9), "aspect_ratio_group_factor": (0, 100), "seed": (0, 2**32 - 1)},
 }
 POSITIVE = ("lr", "distill_weight")
@@ -78,7 +77,7 @@ def check_paths(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if value == "":
             raise ValueError(f"{option(name)} is empty: give a value, or leave it out")
-    for name in ("teacher_weights", "pretrained"):
+    for name in ("teacher_weights", "student_weights", "pretrained"):
         value = getattr(args, name)
         if isinstance(value, str) and not Path(value).is_file():
             raise ValueError(f"{option(name)} {value}: {'not a file' if Path(value).exists() else 'no such file'}")
@@ -114,7 +113,9 @@ def check_names(args: argparse.Namespace) -> None:
     args.detector = args.detector or family or "fcos"
     check_detector(args.detector)
     if family and args.detector != family:
-        raise ValueError(f"--teacher {args.teacher} is a {family}: leave out --detector {args.detector}")
+        raise ValueError(
+            f"--teacher {args.teacher} is a detector of the family {family}: leave out --detector {args.detector}"
+        )
     if args.method != "none":
         with torch.device("meta"):  # find wrong hyper-parameters before a teacher is trained
             build_method(args.method, args.detector, FPN_CHANNELS, FPN_CHANNELS, STRIDES[args.detector], args.set)

@@ -42,10 +42,8 @@ ALWAYS = {
     *("set", "distill_weight", "inherit"),
 }
 
+FILES = ("train_annotations", "val_annotations", "teacher_weights", "student_weights")  # of which the hash is kept
 RESTORE = "Restore it, or delete the run"
-
-
-FILES = ("train_annotations", "val_annotations", "teacher_weights", "student_weights")
 
 
 def check_folder(folder: Path, resume: str | None) -> None:

@@ -71,7 +71,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="in pixels; default: 800 1333, shapes 64 64")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
     add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="random short side of training images")
-    group_help = "form batches of similar aspect ratio, in this many bins per octave (default: 3); 0: off"
+    group_help = "groups of similar aspect ratio per octave, for batches that need less padding (default: 3); 0: off"
     add("--aspect-ratio-group-factor", type=int, default=3, metavar="N", help=group_help)
 
     add = parser.add_argument_group("schedule").add_argument
@@ -101,7 +101,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 def number_or_auto(text: str) -> float | str:
     """Return the number in a text, or "auto" or "auto:RATIO" as it is."""
-    number = float(text.removeprefix("auto:")) if text != "auto" else None
+    try:
+        number = 1.0 if text == "auto" else float(text.removeprefix("auto:"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a number, auto or auto:NUMBER") from error
     return text if text.startswith("auto") else number
 
 
