@@ -134,7 +134,9 @@ def train(args: argparse.Namespace) -> dict:
     if teacher:
         fitting = fitting_arguments(teacher, args.detector)
         arguments |= fitting
-        say(f"the student takes from its teacher: {', '.join(f'{name} {value}' for name, value in fitting.items())}")
+        if fitting:
+            words = ", ".join(f"{name} {value}" for name, value in fitting.items())
+            say(f"the student takes from its teacher: {words}")
     student = build_detector(**arguments, pretrained=args.pretrained)
     if args.student_weights:
         left = start_from(student, args.student_weights)

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-DENSE_STRIDES = (8, 16, 32, 64, 128)
-STRIDES = {
-    **dict.fromkeys(("fcos", "gfl", "retinanet"), DENSE_STRIDES),
-    "faster_rcnn": (4, 8, 16, 32, 64),
-}
+STRIDES = {**dict.fromkeys(("fcos", "gfl", "retinanet"), (8, 16, 32, 64, 128)), "faster_rcnn": (4, 8, 16, 32, 64)}
 FPN_CHANNELS = 256
 # Pretrained, these have torchvision's V1 weights, which the papers' detectors start from; timm's default weights of the
 # same models are others.
@@ -67,12 +63,11 @@ class CoarseLevels(LastLevelP6P7):
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append P6 and P7 to the levels `p` and their names; `c` are the maps of the body."""
         p = [at_least_float32(level) for level in p]
-        p5 = p[-1]
         if torch.jit.is_scripting():  # its autocast takes a constant device; scripted detectors are not trained
-            p6, p7 = self.coarser(p5)
+            p6, p7 = self.coarser(p[-1])
         else:
-            with torch.autocast(p5.device.type, enabled=False):
-                p6, p7 = self.coarser(p5)
+            with torch.autocast(p[-1].device.type, enabled=False):
+                p6, p7 = self.coarser(p[-1])
         return p + [p6, p7], names + ["p6", "p7"]
 
     def coarser(self, p5: Tensor) -> tuple[Tensor, Tensor]:

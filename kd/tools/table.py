@@ -36,10 +36,10 @@ L2 = {"method": "l2", "set": [], "distill_weight": 1.0, "inherit": False}  # wha
 def collect(path: Path) -> list[dict]:
     """Return every evaluated run: "folder", "args" (its args.json) and "log" (the evaluated lines of log.jsonl).
 
+    A run whose files are damaged is named on stderr and left out.
+
     Args:
         path: a folder of runs, or a file with one run per line, as `pack` writes it.
-
-    A run whose files are damaged is named on stderr and left out.
 
     Raises:
         ValueError: there are none.
