@@ -121,7 +121,7 @@ def check_terms(distiller: Distiller, images: list[Tensor], targets: list[dict[s
     """
     distiller.eval()
     images, targets = distiller.student.transform(images, targets)
-    student_output, _ = forward_detector(distiller.student, images, needs=distiller.method.needs)
+    student_output, _ = forward_detector(distiller.student, images, targets, distiller.method.needs)
     losses = distiller.method(student_output, distiller.run_teacher(images), targets)
     distiller.train()
 

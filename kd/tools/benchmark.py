@@ -123,7 +123,7 @@ def measure_steps(args: argparse.Namespace, device: torch.device, case: dict) ->
         steps["b", module.needs] = lambda needs=module.needs: teach(needs)
         steps["c", method] = step_of(distiller, lambda d=distiller: distill(d))
         with autocast(), torch.no_grad():
-            student_output, _ = forward_detector(student, transformed, needs=module.needs)
+            student_output, _ = forward_detector(student, transformed, scaled_targets, module.needs)
             outputs = [student_output, distiller.run_teacher(transformed)]
         steps["m", method] = lambda module=module, outputs=outputs: compare(module, outputs)
 

@@ -44,7 +44,7 @@ def explain_image(distiller: Distiller, name: str, dataset: Dataset, title: str)
     device = next(student.parameters()).device
     known = [{key: target[key].to(device) for key in ("boxes", "labels")}] if target else None
     images, targets = student.transform([image.to(device)], known)
-    output, _ = forward_detector(student, images, needs=method.needs)
+    output, _ = forward_detector(student, images, targets, method.needs)
     try:
         maps = method.maps(output, distiller.run_teacher(images), targets or [{}])
     except KeyError as error:
