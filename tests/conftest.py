@@ -1,6 +1,7 @@
 """Shared fixtures: small random detector outputs, numbers computed with the authors' code, and a small data set."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,9 +38,23 @@ def fake_output():
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+        def finish(*values: int):
+            weight = randn(C, A * math.prod(values)) / C
+
+            def rest_of_head(features, block, level):
+                maps = torch.einsum("nchw,cv->nvhw", features.relu(), weight.to(features))
+                return maps.to(features).unflatten(1, (A, *values))
+
+            return rest_of_head
+
+        def decode(regression, level):
+            anchors = output.anchors[level]
+            centre, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, 10 * regression.exp()
+            return torch.cat([centre - sides[:, :, :2], centre + sides[:, :, 2:]], dim=2)
+
         corners = [randn(N, A, 2, H, W).abs() * 20 for H, W in sizes]
         extents = [randn(N, A, 2, H, W).abs() * 20 + 1 for H, W in sizes]
-        return SimpleNamespace(
+        output = SimpleNamespace(
             fpn=[randn(N, C, H, W) for H, W in sizes],
             cls_tower=[[randn(N, C, H, W).relu() for _ in range(2)] for H, W in sizes],
             reg_tower=[[randn(N, C, H, W).relu() for _ in range(2)] for H, W in sizes],
@@ -47,7 +62,15 @@ def fake_output():
             bbox_regression=[randn(N, A, 4, H, W) for H, W in sizes],
             boxes=[torch.cat([low, low + extent], dim=2) for low, extent in zip(corners, extents)],
             anchors=[make_anchors(A, size, stride) for size, stride in zip(sizes, STRIDES)],
+            cls_before_relu=[[randn(N, C, H, W) for _ in range(2)] for H, W in sizes],
+            reg_before_relu=[[randn(N, C, H, W) for _ in range(2)] for H, W in sizes],
+            edge_logits=[randn(N, A, 4, 5, H, W) for H, W in sizes],
+            positive=[randn(N, A, H, W) > 0.5 for H, W in sizes],
+            finish_cls=finish(K),
+            finish_reg=finish(4),
+            decode=decode,
         )
+        return output
 
     return make
 

@@ -14,11 +14,14 @@ from typing import get_args, get_origin
 
 from torch import nn
 
+from kd.methods.bckd import BCKD
+from kd.methods.crosskd import CrossKD
 from kd.methods.cwd import CWD
 from kd.methods.drkd import DRKD
 from kd.methods.fgd import FGD
 from kd.methods.frs import FRS
 from kd.methods.imitation import Imitation
+from kd.methods.ld import LD
 from kd.methods.mgd import MGD
 from kd.methods.pgd import PGD
 from kd.methods.pkd import PKD
@@ -37,6 +40,9 @@ METHODS = {
     "cwd": CWD,
     "mgd": MGD,
     "fgd": FGD,
+    "ld": LD,
+    "bckd": BCKD,
+    "crosskd": CrossKD,
 }
 
 

@@ -180,7 +180,9 @@ def as_leaves(output: DetectorOutput) -> DetectorOutput:
     def detach(value):
         if isinstance(value, list):
             return [detach(item) for item in value]
-        return value.detach().requires_grad_() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return value.detach().requires_grad_(value.is_floating_point())
+        return value
 
     return dataclasses.replace(output, **{f.name: detach(getattr(output, f.name)) for f in dataclasses.fields(output)})
 
