@@ -68,6 +68,7 @@ def fake_output():
             positive=[randn(N, A, H, W) > 0.5 for H, W in sizes],
             finish_cls=finish(K),
             finish_reg=finish(4),
+            finish_edges=finish(4, 5),  # finish_reg of GFL
             decode=decode,
         )
         return output

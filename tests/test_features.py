@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
+from torchvision.ops import box_iou
 
 from kd.detectors import DETECTORS, STRIDES, build_detector
 from kd.features import forward_detector
@@ -162,3 +163,20 @@ def test_towers_are_the_blocks_of_the_head(batch):
                 assert len(tower) == blocks and all((block >= 0).all() for block in tower)
                 assert torch.equal(head.cls_logits(tower[-1]), logits.flatten(1, 2))
         assert all(len(tower) == blocks for tower in output.reg_tower)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_positives(batch, detector):
+    """Those of the detector's own assignment, which overlap a box; without targets nothing is assigned."""
+    model = build_detector(detector, "test_resnet", 4, image_size=(48, 64))
+    images, targets = model.transform(*batch)
+    output, _ = forward_detector(model, images, targets)
+    assert [level.shape for level in output.positive] == [level[:, :, 0].shape for level in output.cls_logits]
+    found = 0
+    for positive, anchors in zip(output.positive, output.anchors):
+        assert positive.dtype == torch.bool and not positive[1].any()  # the second image has no boxes
+        chosen = anchors.movedim(1, -1)[positive[0]]
+        assert (box_iou(chosen, targets[0]["boxes"]).amax(dim=1) > 0).all()
+        found += len(chosen)
+    assert found >= 2
+    assert forward_detector(model.eval(), images, needs=("positive",))[0].positive is None
