@@ -139,7 +139,9 @@ def test_matches_equation(fake_output, targets):
 def test_hand_computed():
     """Of probabilities 1/2, 1/2 to 3/4, 1/4, with the mean over two bins: (3/4 ln 3 - ln 2) / 2, at T = 2 four times.
 
-    Squares of side 2 that share 1 of 7, with centres sqrt 2 apart in a square of diagonal 3 sqrt 2: 1/7 - 1/9.
+    Squares of side 2 that share 1 of 7, with centres sqrt 2 apart in a square of diagonal 3 sqrt 2: 1/7 - 1/9 = 0.03.
+    With both as anchors of the first, IoU 1 and 1/7, the threshold is 4/7 + 6/7 / sqrt 2 = 1.18: 1 is between a quarter
+    of it and itself, 0.03 is not.
     """
     teacher = torch.tensor([math.log(3), 0.0], dtype=torch.float64)
     divergence = 0.75 * math.log(3) - math.log(2)
@@ -147,6 +149,7 @@ def test_hand_computed():
     assert_close(kl_divergence(torch.zeros_like(teacher), 2 * teacher, 2.0).item(), 2 * divergence)
     boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3]], dtype=torch.float64)
     assert_close(distance_iou(boxes[:1], boxes[1:]).item(), 1 / 7 - 1 / 9)
+    assert valuable_region([boxes], boxes[:1], 0.25).tolist() == [1.0, 0.0]
 
 
 def test_zero_at_teacher(fake_output, targets):
