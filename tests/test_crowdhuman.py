@@ -179,6 +179,11 @@ def test_hand_computed():
         # Clipped: outside of the image, a left edge becomes 99
         ([(-10, 0, 20, 20, 0)], [(0, 0, 10, 20, 0.9)], (0, 0, 1)),
         ([(90, 0, 40, 20, 0)], [(90, 0, 10, 20, 0.9)], (0, 0, 1)),
+        ([(99, 0, 1, 20, 0)], [(99.7, 0, 9, 20, 0.9)], (0, 0, 1)),
+        # A curve that ends before the first rate counts with its end: two of three persons; AP is 1/3 wide and 1 high
+        ([(x, 0, 9, 9, 0) for x in (0, 20, 40)], [(0, 0, 9, 9, 0.9), (20, 0, 9, 9, 0.8)], (1 / 3, 1 / 3, 2 / 3)),
+        # A score of 0.9 is not above 0.9
+        ([(0, 0, 20, 20, 0)], [(0, 0, 20, 20, 0.95), (50, 0, 20, 20, 0.9)], (0, 0, 1)),
     ],
 )
 def test_edge_cases(boxes, found, expected):

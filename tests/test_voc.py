@@ -23,7 +23,7 @@ def thing(name: str, corners, difficult=0, truncated=0, more="") -> str:
     names = ("xmin", "ymin", "xmax", "ymax")
     box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in zip(names, corners))
     flags = f"<truncated>{truncated}</truncated><difficult>{difficult}</difficult>"
-    return f"<object><name>{name}</name><pose>Left</pose>{flags}<bndbox>{box}</bndbox>{more}</object>"
+    return f"<object><name>{name}</name><pose>Left</pose>{flags}{more}<bndbox>{box}</bndbox></object>"
 
 
 def sheet(*things: str, size=(60, 40)) -> str:
