@@ -18,26 +18,26 @@ VOC_YEARS = "VOC20[01][27]"
 
 
 def coco_paths(root: Path) -> tuple[Path, ...]:
-    """COCO (train2017/, val2017/, annotations/instances_train2017.json and instances_val2017.json)."""
+    """Return images and annotations of training and validation, in the order of PATHS; so do the next functions."""
     train, val = (root / "annotations" / f"instances_{split}.json" for split in ("train2017", "val2017"))
     return root / "train2017", train, root / "val2017", val
 
 
 def roboflow_paths(root: Path) -> tuple[Path, ...]:
-    """Roboflow's COCO export (train/ and valid/, or test/ without it, each with _annotations.coco.json)."""
+    """Validate on valid/, or on test/ without it."""
     name = "_annotations.coco.json"
     train, val = root / "train", root / ("test" if not (root / "valid").exists() else "valid")
     return train, train / name, val, val / name
 
 
 def crowdhuman_paths(root: Path) -> tuple[Path, ...]:
-    """CrowdHuman (annotation_train.odgt, annotation_val.odgt, Images/)."""
+    """Both annotation files have their images in one folder."""
     images = root / "Images"
     return images, root / "annotation_train.odgt", images, root / "annotation_val.odgt"
 
 
 def voc_paths(root: Path) -> tuple[Path, ...]:
-    """VOC (VOCdevkit/ or its parent, with VOC2007/, VOC2012/ or both)."""
+    """Train on trainval of 2007 and 2012 and validate on test of 2007; with 2012 alone, take its train and val."""
     devkit = root / "VOCdevkit" if (root / "VOCdevkit").exists() else root
     lists = {year: devkit / year / "ImageSets" / "Main" for year in ("VOC2007", "VOC2012") if (devkit / year).exists()}
     if list(lists) == ["VOC2012"]:
@@ -48,12 +48,24 @@ def voc_paths(root: Path) -> tuple[Path, ...]:
     return devkit, both if len(train) == 2 else first, devkit, lists["VOC2007"] / "test.txt"
 
 
-# The function of each layout, and the paths of which its folders have at least one.
+# By the description of a layout: the paths of which its folders have at least one, and its function.
 LAYOUTS = {
-    coco_paths: ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"),
-    roboflow_paths: tuple(f"{split}/_annotations.coco.json" for split in ("train", "valid", "test")),
-    crowdhuman_paths: ("annotation_train.odgt", "annotation_val.odgt"),
-    voc_paths: ("VOC2007", "VOC2012", "VOCdevkit/VOC2007", "VOCdevkit/VOC2012"),
+    "COCO (train2017/, val2017/, annotations/instances_train2017.json and instances_val2017.json)": (
+        ("train2017", "val2017", "annotations/instances_train2017.json", "annotations/instances_val2017.json"),
+        coco_paths,
+    ),
+    "Roboflow's COCO export (train/ and valid/, or test/ without it, each with _annotations.coco.json)": (
+        ("train/_annotations.coco.json", "valid/_annotations.coco.json", "test/_annotations.coco.json"),
+        roboflow_paths,
+    ),
+    "CrowdHuman (annotation_train.odgt, annotation_val.odgt, Images/)": (
+        ("annotation_train.odgt", "annotation_val.odgt"),
+        crowdhuman_paths,
+    ),
+    "VOC (VOCdevkit/ or its parent, with VOC2007/, VOC2012/ or both)": (
+        ("VOC2007", "VOC2012", "VOCdevkit/VOC2007", "VOCdevkit/VOC2012"),
+        voc_paths,
+    ),
 }
 
 
@@ -66,13 +78,13 @@ def find_layout(folder: str) -> dict[str, str]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"--data {folder}: no such folder")
-    found = [paths for paths, marks in LAYOUTS.items() if any((root / mark).exists() for mark in marks)]
+    found = [paths for marks, paths in LAYOUTS.values() if any((root / mark).exists() for mark in marks)]
     if len(found) != 1:
         content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
         listed = ", ".join(content[:10]) + (", ..." if len(content) > 10 else "")
         raise DataError(
             f"--data {folder} has {'several layouts' if found else 'no known layout'}; it contains "
-            f"{listed or 'nothing'}. Known layouts are {'; '.join(paths.__doc__.rstrip('.') for paths in LAYOUTS)}. "
+            f"{listed or 'nothing'}. Known layouts are {'; '.join(LAYOUTS)}. "
             "For others give images and annotations of each split instead of --data"
         )
     return dict(zip(PATHS, map(str, found[0](root))))
