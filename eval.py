@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from kd.data import DataError, class_names, open_dataset
+from kd.data import DataError, class_names, find_layout, open_dataset
 from kd.detectors import ZOO
 from kd.evaluation import evaluate, format_evaluation
 from kd.run.arguments import COCO_RECIPE, check_machine
@@ -55,7 +55,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("run", help=f"folder of a run or of several, a file of --pack, or {', '.join(ZOO)}")
-    add("--data", help="for a detector of torchvision: folder with val2017/ and annotations/instances_val2017.json")
+    add("--data", help="for a detector of torchvision: folder in a layout that train.py knows")
     add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
     add("--predict", nargs="+", metavar="IMAGE", help="draw the detections on image files or folders of them")
     add("--export", metavar="FILE", help="write the student as an ONNX file; needs the package onnx")
@@ -64,7 +64,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--pack", metavar="FILE", help="write several runs to a text file, a line each")
     add("--teacher-weights", help="for --explain: file of the teacher, instead of the one trained with")
     add("--val-images", help="folder, instead of the one trained with")
-    add("--val-annotations", help="JSON file, instead of the one trained with")
+    add("--val-annotations", help="file, instead of the one trained with")
     add("--score-threshold", type=float, default=THRESHOLD, help="draw detections from this score (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda (default, if any) or cpu")
     add("--workers", type=int, default=0, help="data loading processes")
@@ -120,9 +120,9 @@ def evaluate_zoo(args: argparse.Namespace) -> None:
     """Print COCO's numbers of a detector of torchvision on a validation set, with images of COCO's usual size."""
     if not args.data and not (args.val_images and args.val_annotations):
         raise ValueError(f"{args.run} needs a validation set: give --data, or --val-images and --val-annotations")
-    root, device, size = Path(args.data or ""), torch.device(args.device), COCO_RECIPE["image_size"]
-    images = args.val_images or root / "val2017"
-    annotations = args.val_annotations or root / "annotations" / "instances_val2017.json"
+    device, size = torch.device(args.device), COCO_RECIPE["image_size"]
+    paths = find_layout(args.data) if args.data else {}
+    images, annotations = args.val_images or paths["val_images"], args.val_annotations or paths["val_annotations"]
     dataset = open_dataset(images, annotations, size, train=False)
     detector = load_teacher(None, ZOO[args.run], args.run, dataset.categories, size).to(device)
     print(format_evaluation(evaluate(detector, dataset, device, batch_size=1, workers=args.workers, name=args.run)[0]))

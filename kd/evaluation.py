@@ -1,6 +1,7 @@
-"""COCO's metrics of a detector on a data set.
+"""COCO's metrics of a detector on a data set, and those of CrowdHuman and VOC on their own data.
 
-Scored by faster-coco-eval where it is installed, which returns the same numbers ten times as fast, else by pycocotools.
+COCO's are scored by faster-coco-eval where it is installed, which returns the same numbers ten times as fast, else by
+pycocotools.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from kd.crowdhuman_metrics import CROWDHUMAN_METRICS, crowdhuman_metrics
 from kd.data import collate
+from kd.voc_metrics import VOC_METRICS, voc_metrics
 
 try:
     from faster_coco_eval import COCO
@@ -26,6 +29,9 @@ except ImportError:
 SCORER = COCO.__module__.split(".")[0]  # the package that scores
 
 METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
+
+# What is computed besides, by the format of the data: functions of the same arguments as coco_metrics.
+OTHER_METRICS = {"crowdhuman": crowdhuman_metrics, "voc": voc_metrics}
 
 Detections = dict[int, dict[str, Tensor]]  # by image id: boxes [D, 4] xyxy pixels of the image, scores [D], labels [D]
 
@@ -54,8 +60,8 @@ def evaluate(
         name: shown on the progress bar.
 
     Returns:
-        COCO's twelve numbers by name, as from `coco_metrics`, and "AP_per_class", as from `ap_per_class`; and the
-        detections.
+        COCO's twelve numbers by name, as from `coco_metrics`, those of OTHER_METRICS for this data, and "AP_per_class",
+        as from `ap_per_class`; and the detections.
     """
     grouped = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
@@ -68,6 +74,8 @@ def evaluate(
         detections = {image_id: found for share in shares for image_id, found in share.items()}
     evaluation = coco_evaluation(detections, dataset.coco(), dataset.categories)
     metrics = dict(zip(METRICS, evaluation.stats.tolist()))
+    if dataset.format in OTHER_METRICS:
+        metrics |= OTHER_METRICS[dataset.format](detections, dataset.coco(), dataset.categories)
     return {**metrics, "AP_per_class": ap_per_class(evaluation, dataset.categories)}, detections
 
 
@@ -141,16 +149,23 @@ def ap_per_class(evaluation: COCOeval, categories: dict[int, dict]) -> dict[str,
     }
 
 
+def names_in(metrics: dict) -> list[str]:
+    """Return the names of the numbers over all classes, in the order in which they are shown."""
+    return [name for name in (*METRICS, *CROWDHUMAN_METRICS, *VOC_METRICS) if name in metrics]
+
+
 def format_metrics(metrics: dict) -> str:
-    """Return COCO's twelve numbers as one line, which ends with the names of those without objects."""
-    absent = [name for name in METRICS if metrics[name] < 0]
-    numbers = [f"{name} {metrics[name]:.3f}" for name in METRICS if name not in absent]
+    """Return the numbers over all classes as one line, which ends with the names of those without objects."""
+    absent = [name for name in names_in(metrics) if metrics[name] < 0]
+    numbers = [f"{name} {metrics[name]:.3f}" for name in names_in(metrics) if name not in absent]
     return "  ".join([*numbers, *([f"(no such objects: {', '.join(absent)})"] if absent else [])])
 
 
 def format_evaluation(metrics: dict) -> str:
-    """Return COCO's twelve numbers, a line each, and the AP of each class."""
-    lines = [f"{n:6}{metrics[n]:8.3f}" if metrics[n] >= 0 else f"{n:6}  no such objects" for n in METRICS]
+    """Return the numbers over all classes, a line each, and the AP of each class."""
+    names = names_in(metrics)
+    width = max(6, *map(len, names))
+    lines = [f"{n:{width}}{metrics[n]:8.3f}" if metrics[n] >= 0 else f"{n:{width}}  no such objects" for n in names]
     return "\n".join([*lines, "", "AP per class", format_classes(metrics["AP_per_class"])])
 
 

@@ -162,11 +162,11 @@ def test_default_hyper_parameters():
     assert ssim.options == {"normalize": "image", "window": 11, "sigma": 1.5}
 
 
-def test_recipes():
+def test_recipes(coco_folder):
     """The data decide what is not given."""
-    shapes, coco = train.parse_args(["--device", "cpu"]), train.parse_args(["--device", "cpu", "--data", "x/coco"])
+    shapes, coco = (train.parse_args(["--device", "cpu", *words]) for words in ([], ["--data", str(coco_folder)]))
     for args in (shapes, coco):
         settle(args)
     assert (shapes.image_size, shapes.optimizer, shapes.output) == ([64, 64], "adamw", "runs/none-fcos-r50")
     assert (coco.image_size, coco.optimizer, coco.output) == ([800, 1333], "sgd", "runs/none-fcos-r50-coco")
-    assert coco.val_annotations == "x/coco/annotations/instances_val2017.json"
+    assert coco.val_annotations == str(coco_folder / "annotations" / "instances_val2017.json")

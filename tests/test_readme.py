@@ -21,7 +21,8 @@ from tests.conftest import write_coco
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "kd" / "methods"
-PAGES = [ROOT / "README.md", METHODS / "README.md", METHODS / "RESULTS.md", ROOT / "kd" / "tools" / "README.md"]
+PAGES = [ROOT / "README.md", METHODS / "README.md", METHODS / "RESULTS.md"]
+PAGES += [ROOT / "kd" / "tools" / "README.md", ROOT / "kd" / "data" / "README.md"]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""Data sets: COCO-format folders and the built-in shapes.
+"""Data sets: folders in the layout of COCO, Roboflow, CrowdHuman or VOC (README.md), and the built-in shapes.
 
 Every data set yields (image, target): image [3, h, w] in 0..1; target with boxes (FloatTensor[M, 4]) in [x1, y1, x2,
 y2] pixels, 0 <= x1 < x2 <= w and 0 <= y1 < y2 <= h, labels (Int64Tensor[M]) in 1..K-1, and image_id (int). It also has
 `categories` (COCO category of each label), `num_classes` (K), `summary` (one line), `coco()` (ground truth in COCO's
-format), `aspect_ratios` (width / height of each image), and `epoch`, which the training loop sets: with the seed, it
-determines how images are augmented.
+format), `format` ("coco", "crowdhuman" or "voc", whose own metrics are computed), `aspect_ratios` (width / height of
+each image), and `epoch`, which the training loop sets: with the seed, it determines how images are augmented.
 """
 
 from torch.utils.data import Dataset
@@ -13,6 +13,7 @@ from kd.data.batches import collate, group_batches
 from kd.data.coco import DataError
 from kd.data.folder import CocoFolder
 from kd.data.images import open_image
+from kd.data.layouts import annotation_files, find_layout
 from kd.data.shapes import Shapes
 from kd.data.transforms import augmentation
 
@@ -31,7 +32,7 @@ def open_dataset(
 
     Args:
         images: folder of the image files.
-        annotations: JSON file in COCO's format; None for the built-in shapes.
+        annotations: COCO's JSON file, CrowdHuman's .odgt file or VOC's .txt list; None for the built-in shapes.
         image_size: its first number is the side of the built-in pictures.
         train: whether to return the training set, with augmentation.
         seed: for the random numbers of the augmentation.
@@ -74,9 +75,11 @@ __all__ = [
     "CocoFolder",
     "DataError",
     "Shapes",
+    "annotation_files",
     "check_same_classes",
     "class_names",
     "collate",
+    "find_layout",
     "group_batches",
     "open_dataset",
     "open_image",

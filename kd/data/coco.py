@@ -66,14 +66,10 @@ FIELDS = {
 
 
 def read_coco(file: Path) -> dict[str, list[dict]]:
-    """Read a COCO instances file, check it, and fill in absent areas and crowd flags.
-
-    Returns:
-        images, categories and annotations with the fields of FIELDS only; polygons and URLs are most of COCO's size.
+    """Read a COCO instances file, and check it with `check_coco`.
 
     Raises:
-        DataError: the file cannot be read, is not JSON or not in COCO's format, lists no images or categories, or
-            contains an invalid field, a repeated id, or an annotation of an unknown image or category.
+        DataError: the file cannot be read, is not JSON or not in COCO's format.
     """
     content = read_json(file)
     if isinstance(content, list) and content and isinstance(content[0], dict) and "image_id" in content[0]:
@@ -86,6 +82,23 @@ def read_coco(file: Path) -> dict[str, list[dict]]:
             f"{file} is not a COCO instances file: it has no list of {', '.join(absent)}. "
             "Give a JSON object with lists of images, categories and annotations"
         )
+    return check_coco(content, file)
+
+
+def check_coco(content: dict[str, list], file: Path) -> dict[str, list[dict]]:
+    """Check annotations in COCO's format, and fill in absent areas and crowd flags.
+
+    Args:
+        content: lists of images, categories and annotations.
+        file: that they come from, for the messages.
+
+    Returns:
+        images, categories and annotations with the fields of FIELDS only; polygons and URLs are most of COCO's size.
+
+    Raises:
+        DataError: there are no images or categories, or an invalid field, a repeated id, or an annotation of an unknown
+            image or category.
+    """
     coco = {}
     for key, fields in FIELDS.items():
         if key != "annotations" and not content[key]:
@@ -113,12 +126,19 @@ def read_coco(file: Path) -> dict[str, list[dict]]:
     return coco
 
 
-def read_json(file: Path):
-    """Return the content of a JSON file in any Unicode encoding."""
+def read_bytes(file: Path) -> bytes:
+    """Return the content of a file; raise DataError if it cannot be read."""
     try:
-        return json.loads(file.read_bytes())
+        return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}. Check the path") from error
+
+
+def read_json(file: Path):
+    """Return the content of a JSON file in any Unicode encoding."""
+    content = read_bytes(file)
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(f"{file} is not JSON: {error}. Give a COCO instances file") from error
 

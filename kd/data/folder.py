@@ -1,4 +1,4 @@
-"""Images of a folder with annotations in COCO's format."""
+"""Images of a folder with annotations in COCO's, CrowdHuman's or VOC's format."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from torchvision import tv_tensors
 from torchvision.models.detection.faster_rcnn import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.transforms.v2 import functional
 
-from kd.data.coco import DataError, raise_for, read_coco
+from kd.data.coco import DataError, raise_for
 from kd.data.images import find_bad_images, read_image
+from kd.data.layouts import data_format, read_annotations
 from kd.data.transforms import apply_seeded
 
 # torchvision's names of labels 0..90; "N/A" fills the gaps of COCO's own ids.
@@ -34,7 +35,7 @@ def label_categories(categories: list[dict]) -> dict[int, dict]:
 
 
 class CocoFolder(Dataset):
-    """Images of a folder with boxes from a COCO instances file.
+    """Images of a folder with boxes from an annotation file.
 
     How imperfect data is handled:
 
@@ -48,7 +49,8 @@ class CocoFolder(Dataset):
     - An image without boxes is kept as a negative. A data set without any box is an error.
     - Boxes are clipped to the image. A box without area there, or with a negative width or height, is left out of
       training and evaluation. Evaluation uses the others as they are annotated, as other tools do.
-    - Crowd regions are left out of training. In evaluation, detections there count as neither right nor wrong.
+    - Crowd regions, to which CrowdHuman's ignored boxes and VOC's difficult ones belong, are left out of training. In
+      evaluation, detections there count as neither right nor wrong.
     - A box that is not four finite numbers, an id that is not an integer or not unique, or an annotation of an unknown
       image or category is an error. Ids may have gaps and may be 0 or negative.
     - An absent or negative area is replaced by the area of the box; an absent iscrowd is 0.
@@ -57,12 +59,14 @@ class CocoFolder(Dataset):
 
     Args:
         images: folder of the image files.
-        annotations: JSON file with "images", "annotations" and "categories".
+        annotations: COCO's JSON file with "images", "annotations" and "categories"; or, as kd/data/README.md
+            describes, an .odgt file of CrowdHuman or a .txt list of VOC.
         transforms: called on (image, target).
         seed: for the random numbers of the transforms.
         skip_bad_images: leave out images that cannot be read, instead of raising an error.
 
     Attributes:
+        format: of the annotations: "coco", "crowdhuman" or "voc".
         categories: COCO category of each label.
         num_classes: K, the largest label plus one.
         summary: one line with what was read and what was left out.
@@ -82,13 +86,15 @@ class CocoFolder(Dataset):
         skip_bad_images: bool = False,
     ):
         self.folder, self.transforms, self.seed, self.epoch = Path(images), transforms, seed, 0
-        coco = read_coco(Path(annotations))
+        self.format = data_format(annotations)
+        coco = read_annotations(Path(annotations), self.folder)
         self.categories = label_categories(coco["categories"])
         self.num_classes = max(self.categories) + 1
         bad = find_bad_images(self.folder, coco["images"])
         if not skip_bad_images:
             advice = "Repair them, correct the annotations, or leave them out with --skip-bad-images."
-            raise_for(f"{annotations}: images in {self.folder} that cannot be used", list(bad.values()), advice)
+            named = [f"line {i}, {why}" if self.format == "crowdhuman" else why for i, why in bad.items()]
+            raise_for(f"{annotations}: images in {self.folder} that cannot be used", named, advice)
         self.images = sorted((i for i in coco["images"] if i["id"] not in bad), key=lambda image: image["id"])
         listed = [a for a in coco["annotations"] if a["image_id"] not in bad]
 

@@ -146,7 +146,16 @@ def find_turn(image: Image.Image, size: tuple[float, float]) -> Image.Transpose 
         return TURNS[tag]
     if image.size == size:  # annotated without applying the orientation
         return None
-    raise ValueError(f"{image.width}x{image.height} pixels, but annotated as {size[0]}x{size[1]}")
+    raise ValueError(f"{image.width}x{image.height} pixels, but annotated as {size[0]:g}x{size[1]:g}")
+
+
+def upright_size(path: Path) -> tuple[int, int] | None:
+    """Return width and height of an upright image from its header, None if it cannot be read."""
+    try:
+        with open_image(path) as image:
+            return image.size if orientation(image) < 5 else image.size[::-1]
+    except Exception:  # Pillow's decoders raise many types; find_bad_images says what is wrong
+        return None
 
 
 def orientation(image: Image.Image) -> int:

@@ -103,8 +103,11 @@ class Shapes(Dataset):
         seed: for the random numbers of the transforms.
 
     Attributes:
+        format: "coco", that of `coco()`.
         epoch: counted from 0; the random numbers of the transforms depend on seed, epoch and index only.
     """
+
+    format = "coco"
 
     def __init__(self, num_images: int, picture_seed: int, image_size: int, transforms=None, seed: int = 0):
         self.num_images, self.picture_seed, self.image_size = num_images, picture_seed, image_size

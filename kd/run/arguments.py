@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from kd.data.layouts import PATHS, find_layout
 from kd.detectors import FPN_CHANNELS, STRIDES, ZOO, check_detector, timm_name
 from kd.methods import METHODS, build_method
 from kd.run.contents import SIDES
@@ -45,13 +46,9 @@ def settle(args: argparse.Namespace) -> None:
     check_machine(args)
     check_sync_bn(args)
     if args.data:
-        root = Path(args.data)
-        args.train_images = args.train_images or str(root / "train2017")
-        args.val_images = args.val_images or str(root / "val2017")
-        args.train_annotations = args.train_annotations or str(root / "annotations" / "instances_train2017.json")
-        args.val_annotations = args.val_annotations or str(root / "annotations" / "instances_val2017.json")
-    paths = ("train_images", "train_annotations", "val_images", "val_annotations")
-    missing = [option(path) for path in paths if getattr(args, path) is None]
+        for name, path in find_layout(args.data).items():
+            setattr(args, name, getattr(args, name) or path)
+    missing = [option(path) for path in PATHS if getattr(args, path) is None]
     if 0 < len(missing) < 4:
         raise ValueError(f"without --data, all four paths are needed: {', '.join(missing)} missing")
     if args.amp is None:
@@ -83,8 +80,9 @@ def check_paths(args: argparse.Namespace) -> None:
             raise ValueError(f"{option(name)} {value}: {'not a file' if Path(value).exists() else 'no such file'}")
     if args.data and Path(args.data).is_file():
         raise ValueError(
-            f"--data {args.data} is a file: give the folder that contains train2017/, val2017/ and annotations/, or "
-            "leave it out and give --train-images, --train-annotations, --val-images and --val-annotations"
+            f"--data {args.data} is a file: give the folder that contains train2017/, val2017/ and annotations/ (other "
+            "layouts: see --help), or leave it out and give --train-images, --train-annotations, --val-images and "
+            "--val-annotations"
         )
 
 

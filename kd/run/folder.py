@@ -24,6 +24,7 @@ import timm
 import torch
 import torchvision
 
+from kd.data import annotation_files
 from kd.evaluation import SCORER
 from kd.run.distributed import rank, say, world_size
 from kd.run.files import write_text
@@ -121,7 +122,11 @@ def describe(args: argparse.Namespace) -> dict:
     }
     files = {name: getattr(args, name) for name in FILES}
     files["pretrained"] = args.pretrained if isinstance(args.pretrained, str) else None
-    hashes = {name: file_hash(file) for name, file in files.items() if file}
+    hashes = {
+        name: annotations_hash(file) if name.endswith("annotations") else file_hash(file)
+        for name, file in files.items()
+        if file
+    }
     paths = {name: os.path.abspath(getattr(args, name)) for name in PATHS if isinstance(getattr(args, name), str)}
     return {**vars(args), **paths, "processes": world_size(), "sha256": hashes, "versions": versions}
 
@@ -149,6 +154,15 @@ def check_same_run(folder: Path, description: dict) -> None:
 def file_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def annotations_hash(path: str) -> str:
+    """Return the SHA-256 of an annotation file; for VOC that of the SHA-256s of its lists and all their XML files.
+
+    Image files, from which CrowdHuman's image sizes are read, are not part of it.
+    """
+    hashes = [file_hash(file) for file in annotation_files(path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def append_log(folder: Path, line: dict) -> None:

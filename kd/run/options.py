@@ -39,11 +39,21 @@ losses, and gives each a factor, kept in args.json, with which all start equal a
 losses; auto:0.5 half as large.
 """
 
+LAYOUTS = """
+--data recognises
+  COCO        train2017/ val2017/ annotations/instances_train2017.json annotations/instances_val2017.json
+  Roboflow    train/ valid/ (or test/), each with _annotations.coco.json
+  CrowdHuman  annotation_train.odgt annotation_val.odgt Images/; its AP, MR^-2 and JI are printed too
+  VOC         VOCdevkit/ with VOC2007/ and VOC2012/ (07+12, tested on 07), or one of them; its AP50 is printed too
+"""
+
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, or a list of its words."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=AUTO, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=AUTO + LAYOUTS, formatter_class=raw, allow_abbrev=False
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--method", default="none", help=f"none (default), {', '.join(METHODS)}")
@@ -63,11 +73,14 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--distill-weight", type=number_or_auto, default=1.0, metavar="NUMBER|auto", help=weight_help)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="folder with train2017/ val2017/ annotations/instances_*2017.json; default: built-in shapes")
+    data_help = (
+        "folder laid out as COCO, Roboflow's COCO export, CrowdHuman or VOC; default: built-in shapes; see the end"
+    )
+    add("--data", metavar="FOLDER", help=data_help)
     add("--train-images", metavar="FOLDER", help="instead of the one in --data")
-    add("--train-annotations", metavar="FILE", help="JSON, instead of the one in --data")
+    add("--train-annotations", metavar="FILE", help="COCO's .json, CrowdHuman's .odgt or VOC's list .txt")
     add("--val-images", metavar="FOLDER", help="instead of the one in --data")
-    add("--val-annotations", metavar="FILE", help="JSON, instead of the one in --data")
+    add("--val-annotations", metavar="FILE", help="the same")
     add("--image-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="in pixels; default: 800 1333, shapes 64 64")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
     add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="random short side of training images")
