@@ -1,5 +1,6 @@
 """eval.py --export: an ONNX file of each detector gives torch's detections for images of any size."""
 
+import json
 import sys
 from unittest.mock import Mock
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 
 import eval as evaluation_script
+import train
 from kd.data import Shapes
 from kd.data.transforms import augmentation
 from kd.detectors import DETECTORS, build_detector
+from kd.run.arguments import settle
 from kd.run.checkpoint import save_model
+from kd.run.folder import describe
 from kd.tools.export import SingleImage, compare_onnx, export_onnx, largest_differences
 
 
@@ -114,6 +118,8 @@ def test_command(run, few_shapes, capsys):
     """With args.json, the file is compared on images of the validation set."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    (run / "args.json").write_text('{"val_images": null, "val_annotations": null, "skip_bad_images": false}')
+    args = train.parse_args(["--device", "cpu", "--output", str(run)])
+    settle(args)
+    (run / "args.json").write_text(json.dumps(describe(args)))
     evaluation_script.main(evaluation_script.parse_args([str(run), "--export", str(run / "student.onnx")]))
     assert "on images of 64x64 pixels" in capsys.readouterr().out
