@@ -118,7 +118,7 @@ def test_command(run, few_shapes, capsys):
     """With args.json, the file is compared on images of the validation set."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    args = train.parse_args(["--device", "cpu", "--output", str(run)])
+    args = train.parse_args(["--device", "cpu", "--output", "elsewhere"])
     settle(args)
     (run / "args.json").write_text(json.dumps(describe(args)))
     evaluation_script.main(evaluation_script.parse_args([str(run), "--export", str(run / "student.onnx")]))
