@@ -146,13 +146,13 @@ def _forward_dense(
     if targets is None:
         return output, {}
 
-    anchors_per_level = [[level.shape[2] * level.shape[3] for level in fpn]]
-    if isinstance(detector, RetinaNet):
-        anchors_per_level = []
     if type(detector) is FCOS:
         centerness = [at_least_float32(regress.bbox_ctrness(blocks[-1])) for blocks in reg_tower]
         head_outputs["bbox_ctrness"] = _flatten([_per_anchor(level, 1) for level in centerness])
-    matched_idxs = _match(detector, targets, head_outputs, anchors, *anchors_per_level)
+    arguments = [targets, head_outputs, anchors]
+    if not isinstance(detector, RetinaNet):
+        arguments.append([level.shape[2] * level.shape[3] for level in fpn])  # anchors per level
+    matched_idxs = _match(detector, *arguments)
     positive = torch.stack(matched_idxs).unsqueeze(2) >= 0
     output.positive = [level.squeeze(2) for level in _unflatten(positive, output.cls_logits)]
     return output, detector.head.compute_loss(targets, head_outputs, anchors, matched_idxs)
@@ -243,17 +243,16 @@ def _regression(head: nn.Module, features: Tensor, level: int) -> Tensor:
     return _per_anchor(deltas.relu() if isinstance(head, FCOSRegressionHead) else deltas, 4)
 
 
-def _match(
-    detector: FCOS | RetinaNet, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors, *arguments
-) -> list[Tensor]:
+def _match(detector: FCOS | RetinaNet, *arguments) -> list[Tensor]:
     """Return for each image the index [HWA] of the ground-truth box of each anchor, negative for none.
 
-    torchvision's compute_loss finds it and hands it to the head's compute_loss, for which a stand-in returns it.
+    torchvision's compute_loss, whose arguments these are, finds the indices and hands them to the head's compute_loss.
+    A stand-in for the head returns them, so that the losses can be computed once they are known.
     """
     head = SimpleNamespace(compute_loss=lambda targets, head_outputs, anchors, matched_idxs: matched_idxs)
     settings = {name: getattr(detector, name, None) for name in ("proposal_matcher", "center_sampling_radius")}
     stand_in = SimpleNamespace(head=head, **settings)
-    return type(detector).compute_loss(stand_in, targets, head_outputs, anchors, *arguments)
+    return type(detector).compute_loss(stand_in, *arguments)
 
 
 def _per_anchor(maps: Tensor, values: int) -> Tensor:
