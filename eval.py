@@ -26,10 +26,11 @@ from kd.data import DataError, class_names, find_layout, open_dataset
 from kd.detectors import ZOO
 from kd.evaluation import evaluate, format_evaluation
 from kd.run.arguments import COCO_RECIPE, check_machine
-from kd.run.checkpoint import load_distiller, load_model, load_teacher
+from kd.run.checkpoint import load_model
 from kd.run.errors import one_line_errors
 from kd.run.folder import read_settings
 from kd.run.speed import keep_freed_memory
+from kd.run.weights import load_distiller, load_teacher
 from kd.tools.curves import draw_curves, read_curves
 from kd.tools.explain import explain_image
 from kd.tools.export import compare_onnx, export_onnx
@@ -130,11 +131,10 @@ def evaluate_zoo(args: argparse.Namespace) -> None:
 
 def predict_images(args: argparse.Namespace) -> None:
     """Draw the detections of a run's student on images; neither args.json nor the validation set is needed."""
-    folder = Path(args.run)
-    detector, content = load_model(folder / "model.pt")
+    output = Path(args.run) / "predictions"
+    detector, content = load_model(Path(args.run) / "model.pt")
     detector.to(args.device)
-    print(predict(detector, content["categories"], args.predict, folder / "predictions", args.score_threshold))
-    print(folder / "predictions")
+    print(predict(detector, content["categories"], args.predict, output, args.score_threshold), output, sep="\n")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.evaluation import evaluate, format_metrics
 from kd.methods import build_method
 from kd.run.arguments import plain_arguments, settle
-from kd.run.checkpoint import is_from_scratch, load_teacher, save_model, start_from
+from kd.run.checkpoint import save_model
 from kd.run.distributed import barrier, init_distributed, mean_over_processes, rank, say, share_buffers, world_size
 from kd.run.errors import one_line_errors
 from kd.run.files import locked
@@ -44,6 +44,7 @@ from kd.run.options import parse_args
 from kd.run.progress import Progress
 from kd.run.results import format_ratios, print_results, result
 from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
+from kd.run.weights import is_from_scratch, load_teacher, start_from
 from kd.tools.samples import draw_samples
 
 RATIO_BATCHES = 10  # of each process, to compare the losses before training

@@ -10,7 +10,8 @@ from torch import nn
 
 from kd.detectors import build_detector
 from kd.distiller import TrainingError
-from kd.run.checkpoint import load, load_model, load_teacher, save
+from kd.run.checkpoint import load, load_model, save
+from kd.run.weights import load_teacher
 
 ARGUMENTS = dict(detector="fcos", backbone="test_resnet", num_classes=4, image_size=(64, 96), from_scratch=True)
 BIAS = "head.classification_head.cls_logits.bias"

@@ -15,7 +15,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from kd.detectors import DETECTORS, build_detector, check_pair, inherit, timm_name
-from kd.run.checkpoint import load_model, load_torchvision, save, save_model
+from kd.run.checkpoint import load_model, save, save_model
+from kd.run.weights import load_torchvision
 
 BACKBONES = (
     "mobilenetv3_small_100",

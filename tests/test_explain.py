@@ -12,7 +12,8 @@ import eval as evaluation_script
 import kd.data
 import train
 from kd.data import Shapes
-from kd.run.checkpoint import load, load_distiller, load_model
+from kd.run.checkpoint import load, load_model
+from kd.run.weights import load_distiller
 from kd.tools.explain import (
     BAR,
     COLORS,

@@ -17,7 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from kd.detectors import build_detector, check_pair, describe_mmdet, fitting_arguments, inherit, load_mmdet
 from kd.detectors.mmdet import AlignedPooler
 from kd.features import forward_detector
-from kd.run.checkpoint import load_teacher
+from kd.run.weights import load_teacher
 
 CLASSES = ("cat", "dog", "cow")
 HEADS = {"retinanet": ("retina_cls", "retina_reg"), "fcos": ("conv_cls", "conv_reg"), "gfl": ("gfl_cls", "gfl_reg")}

@@ -16,7 +16,8 @@ import train
 from kd.detectors import build_detector
 from kd.distiller import Distiller
 from kd.evaluation import METRICS
-from kd.run.checkpoint import load_model, load_torchvision, save, start_from
+from kd.run.checkpoint import load_model, save
+from kd.run.weights import load_torchvision, start_from
 
 SMALL = [
     *("--student", "test_resnet", "--image-size", "64", "64", "--batch-size", "4"),

@@ -34,7 +34,8 @@ from kd.detectors.anchors import make_anchors
 from kd.detectors.classes import match_classes
 from kd.detectors.zoo import zoo_classes
 from kd.features import forward_detector
-from kd.run.checkpoint import load_model, load_teacher
+from kd.run.checkpoint import load_model
+from kd.run.weights import load_teacher
 
 NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2")
 NAME = "fcos_resnet50_fpn"  # whose weights are fetched
