@@ -91,7 +91,19 @@ def test_commands_of_the_other_pages(page, small_world, monkeypatch):
                 evaluation_script.main(args)
         else:
             assert [script, words.pop(0)] == ["-m", "kd.tools.benchmark"]
-            words += ["--image-size", "64", "--repeats", "1", "--batch-size", "1", "--device", "cpu"]
+            benchmark.parse_args(words)
+            words += [
+                "--detectors",
+                "fcos",
+                "--image-size",
+                "64",
+                "--repeats",
+                "1",
+                "--batch-size",
+                "1",
+                "--device",
+                "cpu",
+            ]
             words += ["--teacher", "test_resnet", "--student", "test_resnet", "--boxes", "2"]
             benchmark.main(benchmark.parse_args(words))
 
