@@ -41,7 +41,8 @@ class DetectorOutput:
         cls_tower: for each level, the outputs of each block (convolution, norm, ReLU) of the classification tower,
             [N, C, H, W].
         reg_tower: the same for the regression tower.
-        cls_before_relu: for each level, the outputs of the same blocks before their ReLU, [N, C, H, W].
+        cls_before_relu: for each level, the outputs of the same blocks before their ReLU, [N, C, H, W]. Dense detectors
+            only.
         reg_before_relu: the same for the regression tower.
         cls_logits: [N, A, K, H, W].
         bbox_regression: [N, A, 4, H, W], as torchvision's head returns it: left, top, right, bottom in strides for

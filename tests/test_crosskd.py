@@ -224,6 +224,12 @@ def test_edge_cases(fake_output):
 
 
 def test_errors(fake_output):
+    student, teacher = fake_output(1), fake_output(2)
+    with pytest.raises(ValueError, match="block=2, counted from 0, but the towers have 2 blocks"):
+        CrossKD("fcos", 4, 4, (8, 16, 32), block=2)(student, teacher, [])
+    teacher.decode = lambda regression, level: regression[:, 0]
+    with pytest.raises(ValueError, match=r"predicts \(2, 2, 4, 4, 6\), its finish_reg \(2, 4, 4, 6\)"):
+        CrossKD("fcos", 4, 4, (8, 16, 32))(student, teacher, [])
     with pytest.raises(ValueError, match="must agree"):
         align(torch.rand(1, 4, 2, 2), torch.rand(1, 4, 2, 3))
     with pytest.raises(ValueError, match="must agree"):

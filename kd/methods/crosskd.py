@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import generalized_box_iou_loss
 
-SETTINGS = {  # block, counted from 0, cls_weight, reg_weight: reference code
-    **{"retinanet": (2, 1.0, 1.0), "fcos": (1, 0.4, 0.75), "gfl": (2, 1.0, 4.0)}
-}
+# block, cls_weight, reg_weight: reference code
+SETTINGS = {"retinanet": (2, 1.0, 1.0), "fcos": (1, 0.4, 0.75), "gfl": (2, 1.0, 4.0)}
 
 
 def align(student: Tensor, teacher: Tensor) -> Tensor:
@@ -160,6 +159,9 @@ class CrossKD(nn.Module):
 
     def cross(self, student, teacher, level: int) -> tuple[Tensor, Tensor]:
         """Return what the teacher's head makes of the student's features on a level: class logits and regression."""
+        blocks = len(teacher.cls_before_relu[level])
+        if self.block >= blocks:
+            raise ValueError(f"block={self.block}, counted from 0, but the towers have {blocks} blocks")
         dtype = teacher.cls_logits[level].dtype  # towers are bfloat16 under autocast
         h_s = student.cls_before_relu[level][self.block], student.reg_before_relu[level][self.block]
         h_t = teacher.cls_before_relu[level][self.block], teacher.reg_before_relu[level][self.block]
@@ -173,13 +175,15 @@ class CrossKD(nn.Module):
     def distance(self, cross_regression: Tensor, teacher, level: int) -> Tensor:
         """Return the distance of (3), [N, A, H, W]."""
         if self.detector == "gfl":
-            edges = cross_regression, teacher.edge_logits[level].detach()
-            return edge_divergence(*(x.permute(0, 1, 4, 5, 2, 3) for x in edges))
-        boxes = teacher.decode(cross_regression, level), teacher.boxes[level].detach()
-        cross_boxes, teacher_boxes = (x.movedim(2, -1) for x in boxes)
-        if self.detector == "fcos":
-            return log_iou(cross_boxes, teacher_boxes)
-        return generalized_box_iou_loss(cross_boxes, teacher_boxes)
+            cross, predicted = cross_regression, teacher.edge_logits[level].detach()
+        else:
+            cross, predicted = teacher.decode(cross_regression, level), teacher.boxes[level].detach()
+        if cross.shape != predicted.shape:
+            raise ValueError(f"the teacher predicts {tuple(predicted.shape)}, its finish_reg {tuple(cross.shape)}")
+        if self.detector == "gfl":
+            return edge_divergence(*(x.permute(0, 1, 4, 5, 2, 3) for x in (cross, predicted)))
+        distance = log_iou if self.detector == "fcos" else generalized_box_iou_loss
+        return distance(cross.movedim(2, -1), predicted.movedim(2, -1))
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
         """Return "score teacher", which weights (3), and "score cross", [N, H, W] in 0..1, lists over levels."""

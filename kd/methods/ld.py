@@ -6,14 +6,14 @@ overlap an object but are not assigned to it, in a valuable localization region 
 the positives.
 
     KL(z_s, z_t; T) = T^2 * mean_i  p_i(z_t) * (log p_i(z_t) - log p_i(z_s))        p(z) = softmax(z / T)           (1)
-    main = main_weight * sum_l sum_{positives}  max_k sigmoid(logit_s) * mean_e KL(edge_s, edge_t; edge_temperature)(2)
-    vlr  = vlr_weight / 4 * sum_l sum_{region}  max_b IoU(anchor, b) * mean_e KL(edge_s, edge_t; edge_temperature)  (3)
-    cls  = cls_weight * sum_l mean_{positives}  KL(logit_s, logit_t; cls_temperature)                               (4)
+    main = main_weight * sum_l sum_{positives}  max_k sigmoid(logit_s) * mean_e KL(edge_s, edge_t; T_edge)          (2)
+    vlr  = vlr_weight / 4 * sum_l sum_{region}  max_b IoU(anchor, b) * mean_e KL(edge_s, edge_t; T_edge)            (3)
+    cls  = cls_weight * sum_l mean_{positives}  KL(logit_s, logit_t; T_cls)                                         (4)
     region = not positive, and gamma * threshold_b <= DIoU(anchor, b) < threshold_b for a ground-truth box b        (5)
 
 Where:
-    i are the bins of an edge, or the K classes; e are the four edges; both are averaged. The weights in (2) and (3) are
-    constants. max_b runs over the boxes for which (5) holds.
+    i are the bins of an edge, or the K classes; e are the four edges; both are averaged. T_edge is edge_temperature,
+    T_cls cls_temperature. The weights in (2) and (3) are constants. max_b runs over the boxes for which (5) holds.
     anchors are squares of 8 strides, and threshold_b is that of ATSS: mean plus standard deviation of the IoU of b with
     the 9 nearest anchors of each level.
     (2) and (3) are sums over the images of this process, so they grow with their number, unlike GFL's own losses. That
