@@ -298,9 +298,9 @@ def random_detections(images: int, each: int, boxes: int) -> tuple[dict, dict, d
 def print_steps(results: list[dict]) -> None:
     """Print a line for each case and method: medians in seconds, memory in GiB."""
     columns = ("a", "b", "c", "m", "c/(a+b)", "in flops", "m/a", "images/s", "GiB a", "GiB c", "GiB m")
-    print(f"method detector         size batch boxes classes{''.join(f'{name:>9}' for name in columns)}")
+    print(f"method  detector         size batch boxes classes{''.join(f'{name:>9}' for name in columns)}")
     for r in results:
-        case = f"{r['method']:6} {r['detector']:11} {r['size']:>8} {r['batch_size']:5} {r['boxes']:5} {r['classes']:7}"
+        case = f"{r['method']:7} {r['detector']:11} {r['size']:>8} {r['batch_size']:5} {r['boxes']:5} {r['classes']:7}"
         memory = (r["memory_gb"][letter] for letter in "acm")
         in_flops = r["flops"]["c"] / (r["flops"]["a"] + r["flops"]["b"])
         ratios = (r["ratio"], in_flops, r["m"] / r["a"])
