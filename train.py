@@ -5,7 +5,7 @@ On a laptop, with the built-in shapes; a teacher and a plain student are trained
     python train.py --method frs --teacher r101 --student r50
 
 `python train.py --help` lists the options, shows how to train on COCO-format data and on several GPUs, and states the
-recipes. They are defined in kd/run/options.py.
+recipes. The options are defined in kd/run/options.py, the recipes in kd/run/arguments.py and `make_optimizer`.
 """
 
 import argparse
