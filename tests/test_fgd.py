@@ -266,6 +266,7 @@ def test_normaliser(fake_output, targets):
     [
         ("retinanet", (0.5, 1e-3, 5e-4, 1e-3, 5e-6), 5),
         ("fcos", (0.8, 1.6e-3, 8e-4, 8e-4, 8e-6), 5),
+        ("gfl", (0.5, 1e-3, 5e-4, 5e-4, 5e-6), 5),
         ("faster_rcnn", (0.5, 5e-5, 2.5e-5, 5e-5, 5e-7), 4),
     ],
 )

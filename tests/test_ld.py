@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_area, box_iou, distance_box_iou
 
 from kd.methods import ld
-from kd.methods.ld import LD, distance_iou, kl_divergence, valuable_region
+from kd.methods.ld import LD, kl_divergence, valuable_region
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "ld.pt"
 
@@ -39,11 +39,11 @@ def test_region_matches_reference(golden, image, monkeypatch):
     def reference_diou(anchors, boxes):
         iou = box_iou(anchors, boxes)
         intersection = iou / (1 + iou) * (box_area(anchors)[:, None] + box_area(boxes))
-        return intersection / box_area(anchors)[:, None] + distance_iou(anchors, boxes) - iou
+        return intersection / box_area(anchors)[:, None] + distance_box_iou(anchors, boxes) - iou
 
     inputs, outputs = (golden[image][key] for key in ("inputs", "outputs"))
     anchors = inputs["anchors"].split(inputs["num_level_anchors"])
-    monkeypatch.setattr(ld, "distance_iou", reference_diou)
+    monkeypatch.setattr(ld, "distance_box_iou", reference_diou)
     region = valuable_region(list(anchors), inputs["gt_boxes"], 0.25)
     assert_close(region, outputs["vlr_region"], rtol=1e-9, atol=1e-12)
     assert (region > 0).sum() > 100
@@ -86,8 +86,10 @@ def test_matches_equation(fake_output, targets):
     """Slow loops over every index; the region by loops over anchors and boxes, in the second image without boxes."""
     student, teacher = fake_output(1, A=1), fake_output(2, A=1)
     method = LD("gfl", 4, 4, (8, 16, 32), gamma=0.1)
-    levels = [level[0].flatten(1).T for level in student.anchors]
-    levels = [torch.cat([9 * x[:, :2] - 7 * x[:, 2:], 9 * x[:, 2:] - 7 * x[:, :2]], 1) / 2 for x in levels]  # 8 times
+    levels = []
+    for level, stride in zip(student.anchors, (8, 16, 32)):
+        centre = (level[0, :2] + level[0, 2:]).flatten(1).T / 2
+        levels.append(torch.cat([centre - 4 * stride, centre + 4 * stride], dim=1))
 
     def iou(a, b):
         wide, high = (max(min(a[i + 2], b[i + 2]) - max(a[i], b[i]), 0.0) for i in (0, 1))
@@ -139,16 +141,15 @@ def test_matches_equation(fake_output, targets):
 def test_hand_computed():
     """Of probabilities 1/2, 1/2 to 3/4, 1/4, with the mean over two bins: (3/4 ln 3 - ln 2) / 2, at T = 2 four times.
 
-    Squares of side 2 that share 1 of 7, with centres sqrt 2 apart in a square of diagonal 3 sqrt 2: 1/7 - 1/9 = 0.03.
-    With both as anchors of the first, IoU 1 and 1/7, the threshold is 4/7 + 6/7 / sqrt 2 = 1.18: 1 is between a quarter
-    of it and itself, 0.03 is not.
+    Squares of side 2 that share 1 of 7, with centres sqrt 2 apart in a square of diagonal 3 sqrt 2, have a DIoU of
+    1/7 - 1/9 = 0.03. With both as anchors of the first, IoU 1 and 1/7, the threshold is 4/7 + 6/7 / sqrt 2 = 1.18: 1 is
+    between a quarter of it and itself, 0.03 is not.
     """
     teacher = torch.tensor([math.log(3), 0.0], dtype=torch.float64)
     divergence = 0.75 * math.log(3) - math.log(2)
     assert_close(kl_divergence(torch.zeros_like(teacher), teacher, 1.0).item(), divergence / 2)
     assert_close(kl_divergence(torch.zeros_like(teacher), 2 * teacher, 2.0).item(), 2 * divergence)
     boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3]], dtype=torch.float64)
-    assert_close(distance_iou(boxes[:1], boxes[1:]).item(), 1 / 7 - 1 / 9)
     assert valuable_region([boxes], boxes[:1], 0.25).tolist() == [1.0, 0.0]
 
 

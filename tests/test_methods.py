@@ -186,6 +186,40 @@ def test_autocast(fake_output, targets, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_half_precision(fake_output, targets, name):
+    """What networks return under autocast has nearly the losses of the same values in float32."""
+    method, outputs = make(name, 4, 6).float(), (fake_output(1), fake_output(2, C=6))
+    rounded = (*FEATURES, "cls_logits", "edge_logits")
+    for output in outputs:
+        convert(output, lambda _, tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        convert(output, lambda name, tensor: tensor.bfloat16() if name in rounded else tensor)
+    boxes = [{"boxes": target["boxes"].float(), "labels": target["labels"]} for target in targets]
+    torch.manual_seed(0)  # MGD draws masks
+    with torch.autocast("cpu", torch.bfloat16):
+        half = method(*outputs, boxes)
+    for output in outputs:
+        convert(output, lambda name, tensor: tensor.float() if name in rounded else tensor)
+    torch.manual_seed(0)
+    assert all(loss.dtype == torch.float32 for loss in half.values())
+    assert_close(half, method(*outputs, boxes), rtol=0.03, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_missing_level(fake_output, targets, name):
+    """A level that one network lacks is an error, not left out."""
+    for student_levels, teacher_levels in ((3, 2), (2, 3), (2, 2)):
+        outputs = [fake_output(seed) for seed in (1, 2)]
+        for output, levels in zip(outputs, (student_levels, teacher_levels)):
+            for attribute, value in vars(output).items():
+                if isinstance(value, list):
+                    setattr(output, attribute, value[:levels])
+        if name in ("pgd", "bckd", "crosskd") and student_levels == teacher_levels:
+            continue  # they do not ask for the strides of the levels
+        with pytest.raises((ValueError, IndexError)):
+            make(name)(*outputs, targets)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_order_of_ground_truth(fake_output, targets, name):
     """The order of the boxes of an image does not matter."""
     method, student, teacher = make(name), fake_output(1), fake_output(2)

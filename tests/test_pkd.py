@@ -91,6 +91,12 @@ def test_edge_cases(fake_output):
     t, constant = fake_output(2).fpn[0], torch.full((2, 4, 4, 6), 2.0, dtype=torch.float64)
     assert not standardize(constant).any()
     assert_close(pkd_loss(constant, t).item(), 47 / 48 / 2, rtol=1e-5, atol=0)
+    dead = torch.randn(2, 3, 50, 60)
+    dead[:, 0] = 5.123  # mean and value differ by rounding, which 1e-6 would enlarge
+    assert not standardize(dead)[:, 0].any()
+    dead.requires_grad_()
+    pkd_loss(dead, torch.randn(2, 3, 50, 60)).backward()
+    assert not dead.grad[:, 0].any() and dead.grad[:, 1].any()
     one = torch.rand(1, 4, 1, 1).requires_grad_()
     loss = pkd_loss(one, torch.rand(1, 4, 1, 1))
     loss.backward()

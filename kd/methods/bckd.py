@@ -109,10 +109,12 @@ class BCKD(nn.Module):
             teacher: the first two, constants.
             targets: not used.
         """
-        logits = list(zip(student.cls_logits, teacher.cls_logits))
-        weights = [disagreement(s, t).amax(dim=2) for s, t in logits]  # [N, A, H, W]
+        logits = list(zip(student.cls_logits, teacher.cls_logits, strict=True))
+        weights = [disagreement(s.detach(), t).amax(dim=2) for s, t in logits]  # [N, A, H, W]
         cls = sum(bckd_cls_loss(s, t) for s, t in logits)
-        loc = sum(bckd_loc_loss(s, t, weight) for s, t, weight in zip(student.boxes, teacher.boxes, weights))
+        loc = sum(
+            bckd_loc_loss(s, t, weight) for s, t, weight in zip(student.boxes, teacher.boxes, weights, strict=True)
+        )
         P = count_positives(student.positive)
         return {"loss_bckd_cls": self.cls_weight * cls / P, "loss_bckd_loc": self.loc_weight * loc / P}
 

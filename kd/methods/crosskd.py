@@ -27,11 +27,11 @@ then IoU counts as 1e-6, without gradient.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 from torchvision.ops import generalized_box_iou_loss
 
 # block, cls_weight, reg_weight: reference code
-SETTINGS = {"retinanet": (2, 1.0, 1.0), "fcos": (1, 0.4, 0.75), "gfl": (2, 1.0, 4.0)}
+DEFAULTS = {"retinanet": (2, 1.0, 1.0), "fcos": (1, 0.4, 0.75), "gfl": (2, 1.0, 4.0)}
 
 
 def align(student: Tensor, teacher: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def log_iou(boxes: Tensor, others: Tensor) -> Tensor:
 def edge_divergence(cross: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(p_t || p_x), [...]: sum over bins, mean over edges, for logits of distributions [..., 4, BINS]."""
     log_x, log_t = cross.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
-    return (log_t.exp() * (log_t - log_x)).sum(dim=-1).mean(dim=-1)
+    return kl_div(log_x, log_t, reduction="none", log_target=True).sum(dim=-1).mean(dim=-1)
 
 
 def count_positives(positive: list[Tensor]) -> Tensor:
@@ -103,10 +103,8 @@ class CrossKD(nn.Module):
         losses = CrossKD("gfl", 16, 16, (8,), block=0)(student, teacher, targets=[])  # {"loss_crosskd_cls": ..., ...}
     """
 
-    needs = (
-        *("cls_before_relu", "reg_before_relu", "cls_logits", "edge_logits", "boxes"),
-        *("positive", "finish_cls", "finish_reg"),
-    )
+    needs = ("cls_logits", "positive", "cls_before_relu", "reg_before_relu", "finish_cls", "finish_reg")
+    needs += ("edge_logits", "boxes", "decode")  # of GFL; of RetinaNet and FCOS
     warmup = 0
 
     def __init__(
@@ -122,9 +120,9 @@ class CrossKD(nn.Module):
         beta: float = 1.0,
     ):
         super().__init__()
-        if detector not in SETTINGS:
+        if detector not in DEFAULTS:
             raise ValueError(f"CrossKD needs two towers of a dense head, which {detector} does not have")
-        defaults = SETTINGS[detector]
+        defaults = DEFAULTS[detector]
         self.block = defaults[0] if block is None else block
         self.cls_weight = defaults[1] if cls_weight is None else cls_weight
         self.reg_weight = defaults[2] if reg_weight is None else reg_weight
@@ -146,6 +144,8 @@ class CrossKD(nn.Module):
                 boxes. All are constants, but finish_cls and finish_reg let gradients through.
             targets: not used.
         """
+        if len(student.positive) != len(teacher.cls_logits):
+            raise ValueError(f"{len(student.positive)} levels of the student, {len(teacher.cls_logits)} of the teacher")
         cls = reg = total = 0
         for level, logits in enumerate(teacher.cls_logits):
             cross_logits, cross_regression = self.cross(student, teacher, level)
@@ -154,7 +154,7 @@ class CrossKD(nn.Module):
             reg += (weight * self.distance(cross_regression, teacher, level)).sum()  # (3)
             total += weight.sum()
         P = count_positives(student.positive)
-        W = total if self.detector == "gfl" else P
+        W = total.clamp(min=torch.finfo(total.dtype).tiny) if self.detector == "gfl" else P
         return {"loss_crosskd_cls": self.cls_weight * cls / P, "loss_crosskd_reg": self.reg_weight * reg / W}
 
     def cross(self, student, teacher, level: int) -> tuple[Tensor, Tensor]:

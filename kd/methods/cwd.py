@@ -20,6 +20,7 @@ which has no adapters. Its configurations for FPN features give the defaults her
 belongs to another place: the class logits of GFL.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
@@ -51,8 +52,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE)
     """
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, [N, C, H, W]")
-    student = student.to(teacher.dtype)  # adapters return bfloat16 under autocast
-    log_s, log_t = log_distribution(student, temperature), log_distribution(teacher.detach(), temperature)
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    log_s, log_t = (log_distribution(x.to(dtype), temperature) for x in (student, teacher.detach()))
     divergence = kl_div(log_s, log_t, reduction="none", log_target=True)  # P(t) * (log_P(t) - log_P(s))
     return temperature**2 * divergence.sum(dim=(2, 3)).mean()  # (2)
 
@@ -91,6 +92,8 @@ class CWD(nn.Module):
         temperature: float = TEMPERATURE,
     ):
         super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {temperature}")
         self.loss_weight, self.temperature = loss_weight, temperature
         adapted = student_channels != teacher_channels
         self.adapters = nn.ModuleList(
@@ -101,11 +104,11 @@ class CWD(nn.Module):
         """Return loss_cwd_fpn, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
             targets: not used.
         """
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn, teacher.fpn, strict=True)
         loss = sum(cwd_loss(adapter(s), t, self.temperature) for adapter, s, t in levels)
         return {"loss_cwd_fpn": self.loss_weight * loss}
 

@@ -6,7 +6,7 @@ reasoning unit (GloRe), which projects them to d nodes and back, the objects of 
 each other, so that small ones profit from large ones. A third term imitates the pooled objects directly.
 
     pixel_unit(x) = x + norm(W_5 Z B)        B = W_1 x    V = (W_2 x) B^T    Z = W_4 relu(V + V W_3)                (1)
-    instance_unit(s) = s + W_7 P (W_6 s)     P = softmax over rows of (theta(s) phi(s)^T * filter(s))               (2)
+    instance_unit(s) = s + W_7 P (W_6 s)     P = softmax_j(theta(s) phi(s)^T * softmax_j(filter(s)))                (2)
     pixel    = pixel_weight    * sum_l       || adapter(pixel_unit_student(x_l)) - pixel_unit_teacher(y_l) ||       (3)
     relation = relation_weight * sum_{l,n}   || adapter(instance_unit_student(s)) - instance_unit_teacher(t) ||     (4)
     instance = instance_weight * sum_{l,n}   || adapter(s) - t ||                                                   (5)
@@ -14,6 +14,7 @@ each other, so that small ones profit from large ones. A third term imitates the
 Where:
     x_l, y_l are FPN features of student and teacher on level l, [C, HW]; s, t are the M objects of image n pooled
     from them, [M, 9C]. (3) sums over all levels, (4) and (5) over the two finest.
+    theta, phi and filter are linear layers; softmax_j makes each row sum to 1.
     || . || is the root of a sum of squares, neither squared nor averaged, over the images of this process: (3) grows
     with the root of their number, (4) and (5) with their number and with the root of the objects in each.
     Units (the teacher's too) and adapters (1x1 convolutions) are trained with the student and dropped afterwards. Only
@@ -80,12 +81,9 @@ class PixelUnit(nn.Module):
 
 
 class InstanceUnit(nn.Module):
-    """Attention among the objects of an image, of `size` = 9C values each, (2).
+    """Attention among the objects of an image, (2), for all images at once: its millions of weights are read once."""
 
-    Takes the objects of all images at once, so that its millions of weights are read once.
-    """
-
-    def __init__(self, size: int):
+    def __init__(self, size: int):  # 9C values of an object
         super().__init__()
         self.theta = nn.Linear(size, size // 2)
         self.phi = nn.Linear(size, size // 2)
@@ -161,13 +159,14 @@ class DRKD(nn.Module):
         """Return loss_drkd_pixel, loss_drkd_relation and loss_drkd_instance, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
-            targets: for each image boxes [M, 4], xyxy pixels.
+            targets: for each image boxes [M, 4], xyxy pixels of the resized image.
         """
-        fpn_s, fpn_t = student.fpn, [y.detach() for y in teacher.fpn]
+        dtype = torch.promote_types(teacher.fpn[0].dtype, torch.float32)
+        fpn_s, fpn_t = [x.to(dtype) for x in student.fpn], [y.detach().to(dtype) for y in teacher.fpn]
         with torch.autocast(fpn_s[0].device.type, enabled=False):  # V sums tens of thousands of positions
-            units = zip(self.pixel_adapters, self.pixel_student, self.pixel_teacher, fpn_s, fpn_t)
+            units = zip(self.pixel_adapters, self.pixel_student, self.pixel_teacher, fpn_s, fpn_t, strict=True)
             pixel = sum(frobenius_distance(adapter(unit_s(x)), unit_t(y)) for adapter, unit_s, unit_t, x, y in units)
             relation, instance = self.instance_losses(fpn_s, fpn_t, [largest_first(t["boxes"]) for t in targets])
         losses = {"loss_drkd_pixel": pixel, "loss_drkd_relation": relation, "loss_drkd_instance": instance}

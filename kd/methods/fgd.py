@@ -30,11 +30,11 @@ the padded map by the image's size without padding, which shifts them in padded 
 import torch
 from torch import Tensor, nn
 
-# T; foreground, background, attention and global weight; number of levels, finest first: reference code; GFL is ours.
+# T; foreground, background, attention and global weight; number of levels, finest first: reference code.
 DEFAULTS = {
     "retinanet": (0.5, 1e-3, 5e-4, 1e-3, 5e-6, 5),
     "fcos": (0.8, 1.6e-3, 8e-4, 8e-4, 8e-6, 5),
-    "gfl": (0.8, 1.6e-3, 8e-4, 8e-4, 8e-6, 5),
+    "gfl": (0.5, 1e-3, 5e-4, 5e-4, 5e-6, 5),
     "faster_rcnn": (0.5, 5e-5, 2.5e-5, 5e-5, 5e-7, 4),
 }
 
@@ -132,10 +132,12 @@ class FGD(nn.Module):
         global_weight: float | None = None,
     ):
         super().__init__()
-        *defaults, levels = DEFAULTS[detector]
+        *defaults, self.levels = DEFAULTS[detector]
         given = (temperature, foreground_weight, background_weight, attention_weight, global_weight)
         self.temperature, *self.weights = (default if g is None else g for g, default in zip(given, defaults))
-        self.strides, adapted = strides[:levels], student_channels != teacher_channels
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+        self.strides, adapted = strides[: self.levels], student_channels != teacher_channels
         self.adapters = nn.ModuleList(
             nn.Conv2d(student_channels, teacher_channels, 1) if adapted else nn.Identity() for _ in self.strides
         )
@@ -146,15 +148,16 @@ class FGD(nn.Module):
         """Return loss_fgd_focal, loss_fgd_attention and loss_fgd_global, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
-            targets: for each image boxes [M, 4], xyxy pixels.
+            targets: for each image boxes [M, 4], xyxy pixels of the resized image.
         """
         foreground_weight, background_weight, attention_weight, global_weight = self.weights
         losses = {"loss_fgd_focal": 0, "loss_fgd_attention": 0, "loss_fgd_global": 0}
         for level, (foreground, background) in enumerate(self.regions(teacher, targets)):
-            t = teacher.fpn[level].detach()
-            s = self.adapters[level](student.fpn[level]).to(t.dtype)  # adapters return bfloat16 under autocast
+            s, t = self.adapters[level](student.fpn[level]), teacher.fpn[level].detach()
+            dtype = torch.promote_types(t.dtype, torch.float32)  # half precision rounds the differences away
+            s, t = s.to(dtype), t.to(dtype)
             weights = foreground_weight * foreground + background_weight * background
             focal, attention = focal_losses(s, t, weights, self.temperature)
             difference = self.context_student[level](s) - self.context_teacher[level](t)
@@ -166,8 +169,8 @@ class FGD(nn.Module):
     def regions(self, teacher, targets: list[dict[str, Tensor]]) -> list[Tensor]:
         """Return foreground and background of each level, [2, N, H, W]."""
         boxes = [target["boxes"].to(teacher.fpn[0]) for target in targets]
-        levels = [(stride, t.shape[2:]) for stride, t in zip(self.strides, teacher.fpn)]
-        return [torch.stack([split_positions(b, *level) for b in boxes], dim=1) for level in levels]
+        levels = zip(self.strides, teacher.fpn[: self.levels], strict=True)
+        return [torch.stack([split_positions(b, stride, t.shape[2:]) for b in boxes], dim=1) for stride, t in levels]
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
         """Return maps by name, a list over levels of [N, H, W]; the attentions are spatial."""

@@ -20,17 +20,18 @@ which agrees with the paper. Two differences in form: the cross-entropy is compu
 allowed under autocast, and no gradient reaches the teacher.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-WEIGHTS = {  # alpha, beta: reference code
-    **{"retinanet": (0.005, 0.02), "fcos": (0.01, 0.05), "gfl": (0.1, 0.05), "faster_rcnn": (0.002, 0.1)}
-}
+# alpha, beta: reference code
+WEIGHTS = {"retinanet": (0.005, 0.02), "fcos": (0.01, 0.05), "gfl": (0.1, 0.05), "faster_rcnn": (0.002, 0.1)}
 
 
 def feature_richness(cls_logits: Tensor) -> Tensor:
     """Return the largest class probability at each position, [N, H, W], for teacher logits [N, A, K, H, W]."""
-    return cls_logits.detach().amax(dim=(1, 2)).sigmoid()  # (1)
+    best = cls_logits.detach().amax(dim=(1, 2))
+    return best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid()  # (1); half precision rounds to 0
 
 
 def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tensor:
@@ -49,8 +50,8 @@ def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tens
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, and richness "
             f"{tuple(richness.shape)} must be [N, H, W]"
         )
-    difference = (teacher.detach() - student).square().sum(dim=1)  # [N, H, W]
-    return (richness * difference).sum() / richness.sum()  # (2)
+    difference = (teacher.detach() - student.to(richness.dtype)).square().sum(dim=1)  # [N, H, W]
+    return (richness * difference).sum() / richness.sum().clamp(min=torch.finfo(richness.dtype).tiny)  # (2)
 
 
 def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tensor) -> Tensor:
@@ -69,9 +70,14 @@ def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tens
             f"logits of student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} must agree, "
             f"and richness {tuple(richness.shape)} must be [N, H, W]"
         )
-    probability = teacher_logits.detach().sigmoid()
+    student_logits, probability = (
+        student_logits.to(richness.dtype),
+        teacher_logits.detach().to(richness.dtype).sigmoid(),
+    )
     cross_entropy = binary_cross_entropy_with_logits(student_logits, probability, reduction="none")
-    return (richness * cross_entropy.sum(dim=(1, 2))).sum() / richness.sum()  # (3)
+    return (richness * cross_entropy.sum(dim=(1, 2))).sum() / richness.sum().clamp(
+        min=torch.finfo(richness.dtype).tiny
+    )  # (3)
 
 
 class FRS(nn.Module):
@@ -96,7 +102,7 @@ class FRS(nn.Module):
     """
 
     needs = ("fpn", "cls_logits")
-    warmup = 500  # iterations, reference code
+    warmup = 500  # steps over which the training loop lets both losses grow to full weight: reference code
 
     def __init__(
         self,
@@ -118,15 +124,16 @@ class FRS(nn.Module):
         """Return loss_frs_fpn and loss_frs_head, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], and cls_logits, of [N, A, K, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W], and cls_logits, of [N, A, K, H, W].
             teacher: the same, constants.
             targets: not used.
         """
         fpn_loss = head_loss = 0
-        for level, adapter in enumerate(self.adapters):
-            richness = feature_richness(teacher.cls_logits[level])
-            fpn_loss += frs_feature_loss(adapter(student.fpn[level]), teacher.fpn[level], richness)
-            head_loss += frs_head_loss(student.cls_logits[level], teacher.cls_logits[level], richness)
+        levels = zip(self.adapters, student.fpn, teacher.fpn, student.cls_logits, teacher.cls_logits, strict=True)
+        for adapter, s, t, logits_s, logits_t in levels:
+            richness = feature_richness(logits_t)
+            fpn_loss += frs_feature_loss(adapter(s), t, richness)
+            head_loss += frs_head_loss(logits_s, logits_t, richness)
         return {"loss_frs_fpn": self.alpha * fpn_loss, "loss_frs_head": self.beta * head_loss}
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:

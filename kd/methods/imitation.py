@@ -13,6 +13,7 @@ There is no public code. Our reading: minimum and maximum are taken over channel
 (optional in the paper) is a 1x1 convolution per level, and loss_weight is the paper's weight of its SSIM loss.
 """
 
+import torch
 from torch import Tensor, nn
 
 # The paper's for SSIM, 2 or 4; the split is ours.
@@ -42,7 +43,8 @@ def difference_map(student: Tensor, teacher: Tensor, p: int = 2, normalize: bool
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, not {p}")
-    student, teacher = student.to(teacher.dtype), teacher.detach()  # adapters return bfloat16 under autocast
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
     if normalize:
         student, teacher = min_max_normalize(student), min_max_normalize(teacher)
     difference = student - teacher
@@ -104,15 +106,15 @@ class Imitation(nn.Module):
         """Return loss_l1_fpn or loss_l2_fpn, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
             targets: not used.
         """
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn, teacher.fpn, strict=True)
         loss = sum(imitation_loss(adapter(s), t, self.p, self.normalize) for adapter, s, t in levels)  # (1)
         return {f"loss_l{self.p}_fpn": self.loss_weight * loss}
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
         """Return "difference", a list over levels of [N, H, W], at least 0; `forward` sums its means."""
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn, teacher.fpn, strict=True)
         return {"difference": [difference_map(adapter(s), t, self.p, self.normalize) for adapter, s, t in levels]}

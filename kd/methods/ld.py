@@ -26,7 +26,8 @@ that its region reaches further into large boxes; this file follows the paper.
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torch.nn.functional import kl_div
+from torchvision.ops import box_iou, distance_box_iou
 
 ANCHOR_SIZE, CANDIDATES = 8, 9  # of ATSS: side of an anchor in strides, anchors of a level nearest to a box
 
@@ -35,16 +36,9 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     """Return (1) over the last dimension of logits of one shape, the teacher's a constant."""
     if student.shape != teacher.shape:
         raise ValueError(f"logits {tuple(student.shape)} and {tuple(teacher.shape)} must agree")
-    log_s, log_t = (x.div(temperature).log_softmax(dim=-1) for x in (student, teacher.detach()))
-    return temperature**2 * (log_t.exp() * (log_t - log_s)).mean(dim=-1)  # (1)
-
-
-def distance_iou(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Return IoU - (distance of the centres / diagonal of the enclosing box)^2, [P, M], for boxes in xyxy."""
-    low = torch.minimum(anchors[:, None, :2], boxes[:, :2])
-    high = torch.maximum(anchors[:, None, 2:], boxes[:, 2:])
-    offset = (anchors[:, None, :2] + anchors[:, None, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2
-    return box_iou(anchors, boxes) - offset.square().sum(dim=2) / (high - low).square().sum(dim=2)
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    log_s, log_t = (x.to(dtype).div(temperature).log_softmax(dim=-1) for x in (student, teacher.detach()))
+    return temperature**2 * kl_div(log_s, log_t, reduction="none", log_target=True).mean(dim=-1)  # (1)
 
 
 def valuable_region(anchors: list[Tensor], boxes: Tensor, gamma: float) -> Tensor:
@@ -67,7 +61,7 @@ def valuable_region(anchors: list[Tensor], boxes: Tensor, gamma: float) -> Tenso
         candidates.append(level_iou.gather(0, nearest))
     candidates = torch.cat(candidates)
     threshold = candidates.mean(dim=0) + candidates.std(dim=0)  # [M]
-    diou = distance_iou(everywhere, boxes)
+    diou = distance_box_iou(everywhere, boxes)
     return iou.where((diou >= gamma * threshold) & (diou < threshold), 0.0).amax(dim=1)  # (5)
 
 
@@ -76,7 +70,8 @@ class LD(nn.Module):
 
     Args:
         detector: "gfl".
-        student_channels, teacher_channels, strides: not used.
+        student_channels, teacher_channels: not used.
+        strides: of the levels, in pixels.
         main_weight, vlr_weight, cls_weight: of (2), (3) and (4); the defaults are the reference code's.
         edge_temperature, cls_temperature: of (2) and (3), and of (4).
         gamma: lower end of the region in (5), relative to ATSS's threshold.
@@ -84,7 +79,7 @@ class LD(nn.Module):
     Example::
 
         x, y = torch.meshgrid(8.0 * torch.arange(30), 8.0 * torch.arange(20), indexing="xy")
-        anchors = torch.stack([x - 4, y - 4, x + 4, y + 4])[None]  # squares of one stride, [A, 4, H, W] of one level
+        anchors = torch.stack([x - 4, y - 4, x + 4, y + 4])[None]  # [A, 4, H, W] of one level
         (logits_s, logits_t), (edges_s, edges_t) = torch.randn(2, 2, 1, 80, 20, 30), torch.randn(2, 2, 1, 4, 17, 20, 30)
         positive = torch.rand(2, 1, 20, 30) > 0.9
         student = SimpleNamespace(cls_logits=[logits_s], edge_logits=[edges_s], positive=[positive], anchors=[anchors])
@@ -115,6 +110,7 @@ class LD(nn.Module):
             raise ValueError(f"LD reads the edge distributions of GFL, which {detector} does not have")
         if min(edge_temperature, cls_temperature) <= 0 or gamma > 1:
             raise ValueError(f"expected {edge_temperature=} > 0, {cls_temperature=} > 0 and {gamma=} <= 1")
+        self.strides = strides
         self.main_weight, self.vlr_weight, self.cls_weight = main_weight, vlr_weight, cls_weight
         self.edge_temperature, self.cls_temperature, self.gamma = edge_temperature, cls_temperature, gamma
 
@@ -123,9 +119,9 @@ class LD(nn.Module):
 
         Args:
             student: has, for each level, cls_logits [N, A, K, H, W], edge_logits [N, A, 4, BINS, H, W], anchors
-                [A, 4, H, W], squares of one stride in xyxy pixels, and positive [N, A, H, W], booleans.
+                [A, 4, H, W], xyxy pixels, of which only the centres count, and positive [N, A, H, W], booleans.
             teacher: the first two, constants.
-            targets: for each image boxes [M, 4], xyxy pixels.
+            targets: for each image boxes [M, 4], xyxy pixels of the resized image.
         """
         main = vlr = cls = 0
         for level, region in enumerate(self.regions(student, targets)):
@@ -147,10 +143,12 @@ class LD(nn.Module):
     def regions(self, student, targets: list[dict[str, Tensor]]) -> list[Tensor]:
         """Return for each level the weights of (3), [N, A, H, W], without positives."""
         anchors = []
-        for level in student.anchors:  # one stride -> ANCHOR_SIZE strides
+        for level, stride in zip(student.anchors, self.strides, strict=True):
             low, high = level.flatten(2).permute(2, 0, 1).flatten(0, 1).chunk(2, dim=1)  # [HWA, 2] each
-            centre, half = (low + high) / 2, (high - low) / 2 * ANCHOR_SIZE
+            centre, half = (low + high) / 2, ANCHOR_SIZE * stride / 2
             anchors.append(torch.cat([centre - half, centre + half], dim=1))
+        if len(targets) != len(student.positive[0]):
+            raise ValueError(f"{len(targets)} targets for {len(student.positive[0])} images")
         images = torch.stack([valuable_region(anchors, target["boxes"], self.gamma) for target in targets])
         levels = images.split([len(level) for level in anchors], dim=1)
         regions = []

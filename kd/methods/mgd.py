@@ -52,8 +52,9 @@ def generation_error(student: Tensor, teacher: Tensor, mask: Tensor, generate: n
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, and mask "
             f"{tuple(mask.shape)} must be [N, 1, H, W]"
         )
-    generated = generate(mask * student).to(teacher.dtype)  # (2); convolutions return bfloat16 under autocast
-    return (generated - teacher.detach()).square().sum(dim=1)
+    generated = generate(mask * student)  # (2)
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    return (generated.to(dtype) - teacher.detach().to(dtype)).square().sum(dim=1)
 
 
 class MGD(nn.Module):
@@ -93,14 +94,15 @@ class MGD(nn.Module):
         mask_ratio: float | None = None,
     ):
         super().__init__()
-        default_alpha, default_ratio, levels = DEFAULTS[detector]
+        default_alpha, default_ratio, self.levels = DEFAULTS[detector]
         self.alpha = default_alpha if alpha is None else alpha
         self.mask_ratio = default_ratio if mask_ratio is None else mask_ratio
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be at least 0 and below 1, not {self.mask_ratio}")
         adapted = student_channels != teacher_channels
         self.adapters = nn.ModuleList(
-            nn.Conv2d(student_channels, teacher_channels, 1) if adapted else nn.Identity() for _ in strides[:levels]
+            nn.Conv2d(student_channels, teacher_channels, 1) if adapted else nn.Identity()
+            for _ in strides[: self.levels]
         )
         self.generation_blocks = nn.ModuleList(
             nn.Sequential(
@@ -108,14 +110,14 @@ class MGD(nn.Module):
                 nn.ReLU(inplace=True),
                 nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
             )
-            for _ in strides[:levels]
+            for _ in strides[: self.levels]
         )
 
     def forward(self, student, teacher, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return loss_mgd_fpn, weighted and summed over levels; draws new masks.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
             targets: not used.
         """
@@ -124,11 +126,12 @@ class MGD(nn.Module):
 
     def draw_masks(self, teacher) -> list[Tensor]:
         """Return a new mask [N, 1, H, W] for each level."""
-        return [draw_mask(t, self.mask_ratio) for _, t in zip(self.adapters, teacher.fpn)]
+        return [draw_mask(t, self.mask_ratio) for t in teacher.fpn[: self.levels]]
 
     def errors(self, student, teacher, masks: list[Tensor]) -> list[Tensor]:
         """Return the generation error [N, H, W] of each level."""
-        levels = zip(self.adapters, self.generation_blocks, student.fpn, teacher.fpn, masks)
+        fpn_s, fpn_t = student.fpn[: self.levels], teacher.fpn[: self.levels]
+        levels = zip(self.adapters, self.generation_blocks, fpn_s, fpn_t, masks, strict=True)
         return [generation_error(adapter(s), t, mask, generate) for adapter, generate, s, t, mask in levels]
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:

@@ -20,10 +20,10 @@ Where:
     #region and #background count positions that are not 0, per image and level. (4) averages over images, (5) over the
     key positions (region > 0) of all images of this process.
 
-Reference code: https://github.com/ChenhongyiYang/PGD at 81c54d5 (losses/pgd_{cls,reg}.py, pgd_heads/). Not taken over:
-broadcasting applies each mask of (4) to every image, so cls is about N times too large, and alpha was tuned that way at
-N = 4 (alpha=0.16 comes near it here); anchor-free heads swap x and y in the test for X inside b (with that, 0.1 does),
-and all heads test it after choosing. The authors initialise the student's neck and heads from the teacher (--inherit).
+Reference code: https://github.com/ChenhongyiYang/PGD at 81c54d5 (losses/pgd_{cls,reg}.py, pgd_heads/), whose students
+inherit neck and heads (--inherit). Not taken over: broadcasting applies each mask of (4) to every image, so cls is
+about N times too large, and alpha was tuned that way at N = 4 (alpha=0.16 comes near it here); anchor-free heads swap x
+and y in the test for X inside b (with that, 0.1 does), and all heads test it after choosing.
 """
 
 import torch
@@ -116,7 +116,7 @@ class PGD(nn.Module):
     """Prediction-guided distillation of the first blocks of a dense head's towers.
 
     Args:
-        detector: "retinanet", "fcos" or "gfl". Defaults are the reference code's for FCOS; for the others, our reading.
+        detector: "retinanet", "fcos" or "gfl". Defaults: reference code for FCOS and GFL; RetinaNet as FCOS.
         student_channels, teacher_channels: of the towers. If they differ, a 1x1 convolution adapts each (our reading).
         strides: of the levels; only their number matters, as positions come from the anchors.
         alpha, beta: weights of key regions and background in the classification tower; reference: beta = 0.5 * alpha.
@@ -171,15 +171,16 @@ class PGD(nn.Module):
         Args:
             student: has cls_tower and reg_tower, for each level a list over blocks of [N, C, H, W].
             teacher: also cls_logits [N, A, K, H, W], boxes [N, A, 4, H, W], anchors [A, 4, H, W], in xyxy pixels.
-            targets: for each image boxes [M, 4], xyxy pixels, and labels [M], indices into K.
+            targets: for each image boxes [M, 4], xyxy pixels of the resized image, and labels [M], indices into K.
         """
         cls_loss = reg_loss = 0
-        for level, (cls_region, reg_region, background) in enumerate(self.regions(teacher, targets)):
-            s, t, weight = student.cls_tower[level][0], teacher.cls_tower[level][0], self.level_weights[level]
+        levels = zip(student.cls_tower, student.reg_tower, self.regions(teacher, targets), strict=True)
+        for level, (cls_s, reg_s, (cls_region, reg_region, background)) in enumerate(levels):
+            s, t, weight = self.cls_adapter(cls_s[0]), teacher.cls_tower[level][0], self.level_weights[level]
             key, background = weight * self.alpha * cls_region, weight * self.beta * background
-            cls_loss += pgd_cls_loss(self.cls_adapter(s), t, key, background, self.delta, self.temperature)
-            s, t = student.reg_tower[level][0], teacher.reg_tower[level][0]
-            reg_loss += pgd_reg_loss(self.reg_adapter(s), t, reg_region, self.gamma, self.delta, self.temperature)
+            cls_loss += pgd_cls_loss(s, t, key, background, self.delta, self.temperature)
+            s, t = self.reg_adapter(reg_s[0]), teacher.reg_tower[level][0]
+            reg_loss += pgd_reg_loss(s, t, reg_region, self.gamma, self.delta, self.temperature)
         return {"loss_pgd_cls": cls_loss, "loss_pgd_reg": reg_loss}
 
     def regions(self, teacher, targets: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -187,9 +188,8 @@ class PGD(nn.Module):
         positions = torch.cat([(level[0, :2] + level[0, 2:]).flatten(1).T / 2 for level in teacher.anchors])  # [P, 2]
         logits, boxes = (torch.cat([x.flatten(3) for x in maps], dim=3) for maps in (teacher.cls_logits, teacher.boxes))
         images = []
-        for n, target in enumerate(targets):
-            qualities = [box_quality(logits[n], boxes[n], positions, target, xi) for xi in self.xi]  # [M, P] each
-            keys = [key_region(quality, positions, self.top_k) for quality in qualities]  # [P] each
+        for z, b, target in zip(logits, boxes, targets, strict=True):
+            keys = [key_region(box_quality(z, b, positions, target, xi), positions, self.top_k) for xi in self.xi]
             images.append(torch.stack([*keys, ~inside_boxes(positions, target["boxes"]).any(dim=0)]))  # [3, P]
         levels = torch.stack(images, dim=1).split([x[0, 0].numel() for x in teacher.anchors], dim=2)  # [3, N, HW] each
         return [level.unflatten(2, x.shape[-2:]) for level, x in zip(levels, teacher.anchors)]

@@ -21,6 +21,7 @@ which has no adapters and resizes maps of different sizes, which one shared tran
 unbiased std and gives nan there; here it counts as a constant.
 """
 
+import torch
 from torch import Tensor, nn
 
 # Reference code; FCOS and GFL, as RetinaNet, are ours.
@@ -30,11 +31,13 @@ EPSILON = 1e-6  # reference code
 
 
 def standardize(features: Tensor) -> Tensor:
-    """Return features [N, C, H, W] with mean 0 and standard deviation 1 of each channel over images and positions."""
+    """Return features [N, C, H, W] with mean 0 and standard deviation 1 of each channel over images and positions.
+
+    A constant channel becomes 0, without gradient: EPSILON would enlarge its rounding errors a million times.
+    """
     N, _, H, W = features.shape
-    mean = features.mean(dim=(0, 2, 3), keepdim=True)
-    std = features.std(dim=(0, 2, 3), keepdim=True, correction=min(N * H * W - 1, 1))
-    return (features - mean) / (std + EPSILON)  # (1)
+    std, mean = torch.std_mean(features, dim=(0, 2, 3), keepdim=True, correction=min(N * H * W - 1, 1))
+    return (features - mean) * torch.where(std > 0, 1 / (std + EPSILON), 0.0)  # (1)
 
 
 def decorrelation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,8 +52,8 @@ def decorrelation(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree, [N, C, H, W]")
-    student = student.to(teacher.dtype)  # adapters return bfloat16 under autocast
-    difference = standardize(student) - standardize(teacher.detach())
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    difference = standardize(student.to(dtype)) - standardize(teacher.detach().to(dtype))
     return difference.square().sum(dim=1) / (2 * difference.shape[1])  # .mean would not keep channels_last in backward
 
 
@@ -101,11 +104,11 @@ class PKD(nn.Module):
         """Return loss_pkd_fpn, weighted and summed over the finest levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
             targets: not used.
         """
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn[:LEVELS], teacher.fpn[:LEVELS], strict=True)
         loss = sum(pkd_loss(adapter(s), t) for adapter, s, t in levels)  # (2)
         return {"loss_pkd_fpn": self.loss_weight * loss}
 
@@ -114,5 +117,5 @@ class PKD(nn.Module):
 
         Correlation needs more than one value: with the images of a batch, these maps differ from those of one image.
         """
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn[:LEVELS], teacher.fpn[:LEVELS], strict=True)
         return {"decorrelation": [decorrelation(adapter(s), t) for adapter, s, t in levels]}

@@ -21,7 +21,7 @@ There is no final public code. The paper refers to kornia's ssim_loss, the same 
 prototype, https://github.com/PhilipdeRijk/KD at 2d8a87b, compares maps without normalisation in a window of 3;
 we follow the paper. Our reading: minimum and maximum are taken per image and level, over channels and positions;
 normalize="channel" takes them per channel. On levels too small to be mirrored at the border (a side below 6), the
-window shrinks; at 1x1 only luminance remains.
+window shrinks; with a side of 1 only luminance remains.
 """
 
 import torch
@@ -105,7 +105,8 @@ def dissimilarity(student: Tensor, teacher: Tensor, normalize: str = "image", **
         normalize: as for `min_max_normalize`.
         **window: window and sigma, as for `ssim_map`.
     """
-    student, teacher = student.to(teacher.dtype), teacher.detach()  # adapters return bfloat16 under autocast
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
     ssim = ssim_map(min_max_normalize(student, normalize), min_max_normalize(teacher, normalize), **window)
     return (1 - ssim.sum(dim=1) / ssim.shape[1]) / 2  # unlike mean, keeps channels_last in the backward pass
 
@@ -173,15 +174,15 @@ class SSIM(nn.Module):
         """Return loss_ssim_fpn, weighted and summed over levels.
 
         Args:
-            student: has fpn, a list over levels of [N, C, H, W], in float32.
+            student: has fpn, a list over levels of [N, C, H, W].
             teacher: the same, constants.
             targets: not used.
         """
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn, teacher.fpn, strict=True)
         loss = sum(ssim_loss(adapter(s), t, **self.options) for adapter, s, t in levels)  # (3)
         return {"loss_ssim_fpn": self.loss_weight * loss}
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:
         """Return "dissimilarity", a list over levels of [N, H, W] in 0..1; `forward` sums its means."""
-        levels = zip(self.adapters, student.fpn, teacher.fpn)
+        levels = zip(self.adapters, student.fpn, teacher.fpn, strict=True)
         return {"dissimilarity": [dissimilarity(adapter(s), t, **self.options) for adapter, s, t in levels]}

@@ -103,7 +103,8 @@ def tid_losses(student: Tensor, teacher: Tensor, areas: Tensor) -> Tensor:
     if student.shape != teacher.shape or areas.shape[1:] != student[:, 0].shape:
         shapes = [tuple(t.shape) for t in (student, teacher, areas)]
         raise ValueError(f"features [N, C, H, W], twice, and areas [3, N, H, W] must agree, not {shapes}")
-    difference = (teacher.detach() - student).square()
+    dtype = torch.promote_types(teacher.dtype, torch.float32)  # half precision rounds the differences away
+    difference = (teacher.detach().to(dtype) - student).square()
     difference = difference.sum(dim=1) / difference.shape[1]  # unlike mean, keeps channels_last in the backward pass
     areas = areas.to(difference)
     return (areas * difference).sum(dim=(1, 2, 3)) / areas.sum(dim=(1, 2, 3)).clamp(min=1)  # (6)
@@ -164,10 +165,12 @@ class TID(nn.Module):
             student: has, for each level, fpn [N, C, H, W], cls_logits [N, A, K, H, W] and boxes [N, A, 4, H, W], xyxy
                 pixels, in float32. Only fpn receives gradients.
             teacher: the same, constants.
-            targets: for each image boxes [M, 4], xyxy pixels, and labels [M].
+            targets: for each image boxes [M, 4], xyxy pixels of the resized image, and labels [M].
         """
         losses = 0
-        for level, (adapter, areas) in enumerate(zip(self.adapters, self.areas(student, teacher, targets))):
+        for level, (adapter, areas) in enumerate(
+            zip(self.adapters, self.areas(student, teacher, targets), strict=True)
+        ):
             losses += tid_losses(adapter(student.fpn[level]), teacher.fpn[level], areas)
         return {f"loss_tid_{name}": w * loss for name, w, loss in zip(AREAS, self.area_weights, losses)}
 
