@@ -34,6 +34,12 @@ def feature_richness(cls_logits: Tensor) -> Tensor:
     return best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid()  # (1); half precision rounds to 0
 
 
+def rich_mean(values: Tensor, richness: Tensor) -> Tensor:
+    """Return the mean of values [N, H, W] over the positions of the batch, weighted by richness [N, H, W]."""
+    total = richness.sum().clamp(min=torch.finfo(richness.dtype).tiny)  # 0 where no logit is above -103
+    return (richness * values).sum() / total
+
+
 def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tensor:
     """Squared difference of features: sum over channels, mean over the positions of the batch weighted by richness.
 
@@ -51,7 +57,7 @@ def frs_feature_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tens
             f"{tuple(richness.shape)} must be [N, H, W]"
         )
     difference = (teacher.detach() - student.to(richness.dtype)).square().sum(dim=1)  # [N, H, W]
-    return (richness * difference).sum() / richness.sum().clamp(min=torch.finfo(richness.dtype).tiny)  # (2)
+    return rich_mean(difference, richness)  # (2)
 
 
 def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tensor) -> Tensor:
@@ -70,14 +76,9 @@ def frs_head_loss(student_logits: Tensor, teacher_logits: Tensor, richness: Tens
             f"logits of student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} must agree, "
             f"and richness {tuple(richness.shape)} must be [N, H, W]"
         )
-    student_logits, probability = (
-        student_logits.to(richness.dtype),
-        teacher_logits.detach().to(richness.dtype).sigmoid(),
-    )
-    cross_entropy = binary_cross_entropy_with_logits(student_logits, probability, reduction="none")
-    return (richness * cross_entropy.sum(dim=(1, 2))).sum() / richness.sum().clamp(
-        min=torch.finfo(richness.dtype).tiny
-    )  # (3)
+    student_logits, teacher_logits = (x.to(richness.dtype) for x in (student_logits, teacher_logits.detach()))
+    cross_entropy = binary_cross_entropy_with_logits(student_logits, teacher_logits.sigmoid(), reduction="none")
+    return rich_mean(cross_entropy.sum(dim=(1, 2)), richness)  # (3)
 
 
 class FRS(nn.Module):
