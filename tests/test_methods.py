@@ -253,6 +253,19 @@ def networks():
     return lambda detector: copy.deepcopy(built[detector])
 
 
+@pytest.mark.parametrize("name", ["cwd", "fgd", "pgd"])
+def test_temperature_is_positive(name):
+    with pytest.raises(ValueError, match="temperature"):
+        METHODS[name]("fcos", 4, 4, FAKE_STRIDES, temperature=0.0)
+
+
+@pytest.mark.parametrize("name", ["pgd", "tid", "drkd", "fgd", "ld"])
+def test_one_target_for_two_images(fake_output, targets, name):
+    """Methods that read boxes do not spread those of one image over the batch."""
+    with pytest.raises((ValueError, RuntimeError)):
+        make(name)(fake_output(1), fake_output(2), targets[:1])
+
+
 def test_pgd_needs_a_dense_detector():
     with pytest.raises(ValueError, match="faster_rcnn does not have"):
         METHODS["pgd"]("faster_rcnn", 256, 256, STRIDES["faster_rcnn"])
