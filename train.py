@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> dict:
         if is_finished(output):
             say(f"{output} is finished")
             return read_evaluations(output)[-1]
-        if args.method != "none" and args.teacher_weights is None and args.teacher not in ZOO:
+        if args.teacher and args.teacher_weights is None and args.teacher not in ZOO:
             args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
         return train(args)
 
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace) -> dict:
 
     # teacher
     teacher, results, shown = None, [], {}
-    if args.method != "none":
+    if args.teacher:
         path, name = args.teacher_weights, f"teacher {args.teacher}"
         teacher = load_teacher(path, args.detector, args.teacher, val_set.categories, size, args.method).to(device)
         metrics, detections = score(teacher, limit=TEACHER_CHECK, name=name)
@@ -149,17 +149,18 @@ def train(args: argparse.Namespace) -> dict:
 
     # distiller
     method, warmup = None, 0
-    if teacher:
+    if args.method != "none":
         channels = student.backbone.out_channels, teacher.backbone.out_channels
         method = build_method(args.method, args.detector, *channels, student.backbone.strides, args.set)
         warmup = min(method.warmup, iterations // 10) * args.accumulate
-        check_pair(student, teacher, method.needs)
+    if teacher:
+        check_pair(student, teacher, method.needs if method else ())
     if args.inherit:
         args.not_inherited = inherit(student, teacher)  # recorded in args.json
         say(f"inherited FPN and heads of the teacher, except: {', '.join(args.not_inherited) or 'nothing'}")
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
-    distiller = Distiller(student, teacher, method, warmup=warmup).to(device)
+    distiller = Distiller(student, teacher if method else None, method, warmup=warmup).to(device)
     if method:
         image, target = next(sample for sample in train_set if len(sample[1]["labels"]))
         images, targets = to_device([image], [target], device)
@@ -177,8 +178,9 @@ def train(args: argparse.Namespace) -> dict:
 
     # progress
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    label = args.method if method else "inherit" if args.inherit else "plain"
     run = {"steps_per_epoch": steps_per_epoch, "iterations": iterations, "seed": args.seed}
-    progress = Progress(output, parts, **run, title=f"{args.method} {args.student}")
+    progress = Progress(output, parts, **run, title=f"{label} {args.student}")
 
     # loss weights
     distiller.weights = args.term_weights = started_with(output).get("term_weights", {})  # recorded in args.json
@@ -219,7 +221,7 @@ def train(args: argparse.Namespace) -> dict:
     progress.signal.release()
 
     # results
-    results.append(result(f"{args.method if teacher else 'plain'} {args.student}", metrics, student))
+    results.append(result(f"{label} {args.student}", metrics, student))
     if rank() == 0:
         save_model(student, arguments, val_set.categories, output / "model.pt")
         print_results(args, results, iterations)

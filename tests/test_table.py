@@ -15,7 +15,8 @@ ARGS = {
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two seeds of plain and FRS, one of FRS with another alpha, a teacher, and a run that was never evaluated."""
+    """Two seeds of plain and FRS, one of FRS with another alpha, of l2, of students that inherit and of a teacher, and
+    one that was never evaluated."""
 
     def write(name: str, line: dict, **changes):
         folder = tmp_path / name
@@ -31,6 +32,9 @@ def runs(tmp_path):
     write("s0/other", {"AP": 0.41}, **{**frs, "set": ["alpha=1"]})
     write("s0/l2", {"AP": 0.43}, **{**frs, "method": "l2"})
     write("s0/l2 half", {"AP": 0.425}, **{**frs, "method": "l2", "distill_weight": 0.5})
+    write("s0/inherit", {"AP": 0.52}, **{**frs, "method": "none", "inherit": True})
+    write("s0/l2 inherit", {"AP": 0.53}, **{**frs, "method": "l2", "inherit": True})
+    write("s0/frs inherit", {"AP": 0.55}, **{**frs, "inherit": True})
     write("s0/teacher", {"AP": 0.50}, student="r34")
     write("s0/long", {"AP": 0.60, "teacher_AP": 0.50, "iteration": 800}, **frs)
     write("s0/broken", {})
@@ -38,40 +42,47 @@ def runs(tmp_path):
 
 
 def test_rows(runs):
-    """Means 0.42 and 0.46: a gain of 0.04. Standard deviation of two values: their difference over the root of 2."""
+    """Seeds are compared pairwise: FRS is 0.05 and 0.03 above the plain student, 0.02 above l2, which has one seed.
+
+    The standard deviation of two values is their difference over the root of 2.
+    """
     rows = [dict(zip(COLUMNS, row)) for row in compare(collect(runs))]
-    names = ("method", "student", "iterations", "seed: AP", "AP", "gain", "over l2")
+    names = ("method", "student", "iterations", "seed: AP", "AP", "gain", "over l2", "over inherit")
     assert [tuple(row[name] for name in names) for row in rows] == [
-        ("none", "r18", "400", "0: 0.400, 1: 0.440", "0.420 ± 0.028", "", ""),
-        ("none", "r34", "400", "0: 0.500", "0.500", "", ""),
-        ("frs", "r34 -> r18", "400", "0: 0.450, 1: 0.470", "0.460 ± 0.014", "+0.040", "+0.030"),
-        ("frs alpha=1", "r34 -> r18", "400", "0: 0.410", "0.410", "-0.010", "-0.020"),
-        ("l2", "r34 -> r18", "400", "0: 0.430", "0.430", "+0.010", ""),
-        ("l2 x 0.5", "r34 -> r18", "400", "0: 0.425", "0.425", "+0.005", ""),
-        ("frs", "r34 -> r18", "800", "0: 0.600", "0.600", "", ""),
+        ("none", "r18", "400", "0: 0.400, 1: 0.440", "0.420 ± 0.028", "", "", ""),
+        ("none", "r34", "400", "0: 0.500", "0.500", "", "", ""),
+        ("frs", "r34 -> r18", "400", "0: 0.450, 1: 0.470", "0.460 ± 0.014", "+0.040 ± 0.014", "+0.020", ""),
+        ("frs alpha=1", "r34 -> r18", "400", "0: 0.410", "0.410", "+0.010", "-0.020", ""),
+        ("frs inherit", "r34 -> r18", "400", "0: 0.550", "0.550", "+0.150", "+0.020", "+0.030"),
+        ("l2", "r34 -> r18", "400", "0: 0.430", "0.430", "+0.030", "", ""),
+        ("l2 inherit", "r34 -> r18", "400", "0: 0.530", "0.530", "+0.130", "", "+0.010"),
+        ("l2 x 0.5", "r34 -> r18", "400", "0: 0.425", "0.425", "+0.025", "-0.005", ""),
+        ("none inherit", "r34 -> r18", "400", "0: 0.520", "0.520", "+0.120", "-0.010", ""),
+        ("frs", "r34 -> r18", "800", "0: 0.600", "0.600", "", "", ""),
     ]
     assert {row["data"] for row in rows} == {"shapes 64x64"}
-    assert [row["teacher"] for row in rows] == ["", "", "0.465", "", "", "", "0.500 not above"]
+    assert [row["teacher"] for row in rows] == ["", "", "0.465", *[""] * 6, "0.500 not above"]
 
 
 def test_formats(runs):
-    """What all rows share is a line above the table; the other columns are aligned, or separated for Markdown."""
+    """What all rows share is above the table, empty columns are left out; the others are aligned, or Markdown."""
     rows = compare(collect(runs))
     heading, blank, *markdown = format_table(rows, markdown=True).splitlines()
     assert heading == "detector: fcos, data: shapes 64x64" and blank == ""
     assert len(markdown) == 2 + len(rows) and markdown[0].startswith("| method | student | iterations |")
-    assert {line.count("|") for line in markdown} == {10}
+    assert {line.count("|") for line in markdown} == {11}
     text = format_table(rows, markdown=False).splitlines()[2:]
     assert len(text) == 1 + len(rows) and len({line.index("00") for line in text[1:-1]}) == 1
+    assert "over" not in format_table(rows[:2], markdown=True)  # no student to compare
     assert "detector" in format_table(rows[:1], markdown=False).splitlines()[0]  # nothing to hoist from a single row
 
 
 def test_packed(runs, tmp_path):
     """A text file with a line per run is read like the folder."""
     pack(collect(runs), tmp_path / "runs.jsonl")
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 9
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 12
     assert compare(collect(tmp_path / "runs.jsonl")) == compare(collect(runs))
-    assert [run["folder"] for run in collect(tmp_path / "runs.jsonl")][:2] == ["s0/frs", "s0/l2"]
+    assert [run["folder"] for run in collect(tmp_path / "runs.jsonl")][:2] == ["s0/frs", "s0/frs inherit"]
 
 
 def test_no_runs(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -16,7 +17,7 @@ import train
 from kd.detectors import build_detector
 from kd.distiller import Distiller
 from kd.evaluation import METRICS
-from kd.run.checkpoint import load_model, save
+from kd.run.checkpoint import load, load_model, save
 from kd.run.weights import load_torchvision, start_from
 
 SMALL = [
@@ -106,6 +107,26 @@ def random_teacher(tmp_path) -> tuple:
     teacher = build_detector("fcos", "test_resnet", 5, image_size=(64, 64))
     save(teacher.state_dict(), tmp_path / "teacher.pth")
     return "--teacher", "test_resnet", "--teacher-weights", tmp_path / "teacher.pth"
+
+
+def test_inheriting_alone(tmp_path, capsys, random_teacher):
+    """Without a method, the student starts with its teacher's FPN and heads, and sees no more of it."""
+    words = ("--max-iterations", 1, "--lr", 1e-9, "--seed", 1, "--output", tmp_path / "x")
+    run("--method", "none", "--inherit", *random_teacher, *words)
+    student, _ = load_model(tmp_path / "x" / "model.pt")
+    teacher = load(random_teacher[3])
+    for name, value in student.state_dict().items():
+        if name.startswith(("head.", "backbone.fpn.")):
+            assert_close(value, teacher[name], atol=1e-7, rtol=0)
+    stem = "backbone.body.conv1.0.weight"
+    assert not torch.equal(student.state_dict()[stem], teacher[stem])
+    (line,) = (json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines())
+    assert line["losses"].keys() == {"classification", "bbox_regression", "bbox_ctrness"}
+    printed = capsys.readouterr().out
+    assert "inherit test_resnet" in printed and "plain test_resnet" not in printed
+    settings = train.parse_args([*map(str, (*SMALL, "--inherit", *random_teacher))])
+    train.settle(settings)
+    assert Path(settings.output) == Path("runs/inherit-fcos-test_resnet-test_resnet")
 
 
 def test_distill_weight(tmp_path, random_teacher):

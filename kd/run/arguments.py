@@ -58,7 +58,8 @@ def settle(args: argparse.Namespace) -> None:
             has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         args.amp = "bf16" if has_bf16 else "off"
     if args.output is None:
-        args.output = str(Path("runs", run_name(args, args.method, args.student)))
+        name = "inherit" if args.method == "none" and args.inherit else args.method
+        args.output = str(Path("runs", run_name(args, name, args.student)))
     check_folder(Path(args.output), args.resume)
 
 
@@ -93,11 +94,12 @@ def check_names(args: argparse.Namespace) -> None:
         raise ValueError(
             f"unknown method {args.method!r}: choose {close[0] if close else ', '.join(('none', *METHODS))}"
         )
-    if args.method != "none" and not args.teacher:
-        raise ValueError(f"--method {args.method} needs a teacher: add --teacher NAME")
+    if not args.teacher and (args.method != "none" or args.inherit):
+        reader = "--inherit" if args.method == "none" else f"--method {args.method}"
+        raise ValueError(f"{reader} needs a teacher: add --teacher NAME")
     if args.method == "none":
-        for name, default in PLAIN.items():
-            if getattr(args, name) != default:
+        for name in ("set", "distill_weight", *(() if args.inherit else ("teacher", "teacher_weights"))):
+            if getattr(args, name) != PLAIN[name]:
                 raise ValueError(f"--method none does not distil: leave out {option(name)}")
     if args.student_weights and (args.pretrained or args.inherit):
         raise ValueError("--student-weights replaces the whole student: leave out --pretrained and --inherit")

@@ -34,7 +34,7 @@ def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -
     """
     likewise = plain_arguments(args, "none", args.student, args.epochs)
     plain = read_evaluations(Path(likewise.output))
-    if plain and args.method != "none" and not changes_since(Path(likewise.output), describe(likewise)):
+    if plain and args.teacher and not changes_since(Path(likewise.output), describe(likewise)):
         name, parameters = f"plain {args.student}", rows[-1]["parameters"]
         rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
     best = best_evaluation(Path(args.output))

@@ -20,7 +20,7 @@ from kd.detectors import (
     zoo_classes,
 )
 from kd.distiller import Distiller
-from kd.methods import build_method, needs
+from kd.methods import METHODS, build_method, needs
 from kd.run.checkpoint import build_saved, load, load_strictly
 from kd.run.contents import check_parts, is_state_dict
 
@@ -45,7 +45,7 @@ def load_teacher(
         categories: COCO category of each label of the data. A state_dict has no names: without a name of ZOO, it must
             have the same labels.
         image_size: (short side, long side) in pixels, for files that do not contain it.
-        method: that it serves; without one, it may lack any of the classes.
+        method: that it serves; with None or "none", it may lack any of the classes.
 
     Returns:
         The detector in eval mode.
@@ -66,7 +66,7 @@ def load_teacher(
         teacher, known = build_saved(content, path), class_names(content["categories"])
         check_backbone(content["arguments"]["backbone"], name, path)
     missing = match_classes(teacher, known, class_names(categories))
-    if missing and method and set(needs(method)) - FEATURES:
+    if missing and method in METHODS and set(needs(method)) - FEATURES:
         raise ValueError(
             f"the teacher {path or name} does not know the classes {', '.join(missing)}, whose predictions {method} "
             "reads: take a teacher that does, or a method that reads features alone"

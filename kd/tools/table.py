@@ -20,6 +20,7 @@ COLUMNS = (
     "AP50",
     "gain",
     "over l2",
+    "over inherit",
 )
 
 # Runs that agree in SETTING can be compared. Runs that also agree in METHOD are repetitions.
@@ -30,7 +31,11 @@ SETTING = (
 )
 LATER = {"accumulate": 1}  # arguments that older runs lack, and what they were
 METHOD = ("method", "teacher", "set", "distill_weight", "inherit")
-L2 = {"method": "l2", "set": [], "distill_weight": 1.0, "inherit": False}  # what other methods are compared with
+
+# What a row is compared with, as changes of METHOD. L2 inherits if the row does.
+L2 = {"method": "l2", "set": [], "distill_weight": 1.0}
+INHERIT = {**L2, "method": "none"}
+PLAIN = {**INHERIT, "teacher": None, "inherit": False}
 
 
 def collect(path: Path) -> list[dict]:
@@ -94,21 +99,24 @@ def pack(runs: list[dict], file: Path) -> None:
 def compare(runs: list[dict]) -> list[tuple[str, ...]]:
     """Return a row of COLUMNS for each setting and method, teachers and plain students first.
 
-    AP and AP50 are means over the seeds, with the standard deviation of several. "teacher" is the teacher's mean AP
-    before training, marked where it is not above the students'. "gain" is the difference of the mean AP to the plain
-    students of the same setting, "over l2" that to l2 at its default weight; both are empty where these are missing.
+    AP and AP50 are means over the seeds. "gain" is the mean of the differences to the plain student of the same seed
+    and setting, "over l2" to that of l2 at its default weight, which inherits if they do, "over inherit" to the student
+    that only inherits. All have the standard deviation of several. "teacher" is the teacher's mean AP before training,
+    marked where it is not above the students'.
     """
     groups = defaultdict(list)
     for run in runs:
         run = {**run["args"], **run["log"][-1]}
         groups[key(run, SETTING), key(run, METHOD)].append(run)
-    mean = {group: statistics.mean(run["AP"] for run in members) for group, members in groups.items()}
-    plain = {setting: mean[setting, method] for setting, method in groups if json.loads(method)[0] == "none"}
+
+    def over(members: list[dict], changes: dict) -> str:
+        """Return the gain over the runs of the same setting that differ by these changes of METHOD."""
+        others = groups.get((key(members[0], SETTING), key(members[0] | changes, METHOD)), [])
+        return gain(members, others) if others is not members else ""  # nothing over itself
 
     rows = []
-    for (setting, method), members in groups.items():
-        run, ours = members[0], mean[setting, method]
-        l2 = mean.get((setting, key(run | L2, METHOD)))
+    for members in groups.values():
+        run = members[0]
         rows.append(
             (
                 method_name(run),
@@ -117,11 +125,12 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
                 data_name(run),
                 str(run["iteration"]),
                 ", ".join(f"{r['seed']}: {r['AP']:.3f}" for r in sorted(members, key=lambda r: r["seed"])),
-                teacher_ap(members, ours),
+                teacher_ap(members),
                 mean_and_spread([r["AP"] for r in members]),
                 mean_and_spread([r["AP50"] for r in members]),
-                gain(ours, plain.get(setting)) if run["method"] != "none" else "",
-                gain(ours, l2) if run["method"] not in ("none", "l2") else "",
+                over(members, PLAIN),
+                over(members, L2),
+                over(members, INHERIT),
             )
         )
     order = {row: (row[3], row[1], row[4], row[0] != "none", row[2], row[0]) for row in rows}
@@ -136,18 +145,21 @@ def method_name(run: dict) -> str:
     return " ".join(words)
 
 
-def teacher_ap(members: list[dict], ours: float) -> str:
-    """Return the mean AP of the teachers of runs, marked unless it is above `ours`; empty without teachers."""
+def teacher_ap(members: list[dict]) -> str:
+    """Return the mean AP of the teachers of runs, marked unless it is above the students'; empty without teachers."""
     values = [run["teacher_AP"] for run in members if run.get("teacher_AP") is not None]
     if not values:
         return ""
     teacher = statistics.mean(values)
-    return f"{teacher:.3f}" if teacher > ours else f"{teacher:.3f} not above"
+    above = teacher > statistics.mean(run["AP"] for run in members)
+    return f"{teacher:.3f}" if above else f"{teacher:.3f} not above"
 
 
-def gain(ours: float, baseline: float | None) -> str:
-    """Return the difference with its sign, empty without a baseline."""
-    return "" if baseline is None else f"{ours - baseline:+.3f}"
+def gain(members: list[dict], others: list[dict]) -> str:
+    """Return the mean and spread of the differences in AP of runs with the same seed, empty if there are none."""
+    baseline = {run["seed"]: run["AP"] for run in others}
+    values = [run["AP"] - baseline[run["seed"]] for run in members if run["seed"] in baseline]
+    return mean_and_spread(values, sign="+") if values else ""
 
 
 def key(run: dict, names: tuple[str, ...]) -> str:
@@ -163,17 +175,17 @@ def data_name(run: dict) -> str:
     return f"{Path(run['train_annotations']).stem if run['train_annotations'] else 'shapes'} {size}"
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """Return the mean, and the standard deviation of several values."""
+def mean_and_spread(values: list[float], sign: str = "") -> str:
+    """Return the mean, and the standard deviation of several values. sign "+" also marks a positive mean."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    return f"{statistics.mean(values):{sign}.3f}{spread}"
 
 
 def format_table(rows: list[tuple[str, ...]], markdown: bool) -> str:
-    """Return the rows as columns of text or as a Markdown table; what all rows share is a line above."""
+    """Return the rows as columns of text or as a Markdown table, without empty columns; what rows share is above."""
     columns = list(zip(COLUMNS, *rows))
     shared = [column for column in columns if len(rows) > 1 and len(set(column[1:])) == 1 and column[1]]
-    kept = [column for column in columns if column not in shared]
+    kept = [column for column in columns if column not in shared and any(column[1:])]
     lines = list(zip(*kept))
     heading = f"{', '.join(f'{column[0]}: {column[1]}' for column in shared)}\n\n" if shared else ""
     if markdown:
