@@ -75,8 +75,8 @@ def train_companions(args: argparse.Namespace) -> str:
     if args.train_annotations:
         raise ValueError(
             f"no weights for the teacher {args.teacher}. Train it (the same command with --method none --student "
-            f"{args.teacher}, without --teacher) and give its model.pt as --teacher-weights, or give a checkpoint of "
-            f"mmdetection's zoo, or take a detector of torchvision as --teacher: {', '.join(ZOO)}"
+            f"{args.teacher}, without --teacher and --inherit) and give its model.pt as --teacher-weights, or give a "
+            f"checkpoint of mmdetection's zoo, or take a detector of torchvision as --teacher: {', '.join(ZOO)}"
         )
     teacher = plain_arguments(args, "teacher", args.teacher, TEACHER_SCHEDULE * args.epochs)
     teacher.student_weights = None

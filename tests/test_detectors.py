@@ -15,6 +15,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from kd.detectors import DETECTORS, build_detector, check_pair, inherit, timm_name
+from kd.detectors.classes import match_classes
 from kd.run.checkpoint import load_model, save, save_model
 from kd.run.weights import load_torchvision
 
@@ -209,6 +210,23 @@ def test_inherit(detector):
     for name, value in other.state_dict().items():
         expected = before if name in left or name.startswith("backbone.body.") else teacher.state_dict()
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_inherit_from_a_teacher_without_a_class(detector):
+    """The scores of that class stay the student's, as a logit of -100 would never be learnt away; all else is taken."""
+    student, teacher = (build_detector(detector, "test_resnet", 4, image_size=(64, 96)) for _ in range(2))
+    assert match_classes(teacher, {1: "cat", 2: "dog", 3: "cow"}, {1: "cow", 2: "horse", 3: "cat"}) == ["horse"]
+    before = copy.deepcopy(student.state_dict())
+    (left,) = inherit(student, teacher)
+    layer, _, words = left.partition(" ")
+    assert words == "for classes that the teacher does not know"
+    after, theirs = student.state_dict(), teacher.state_dict()
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        ours, taken, expected = (state[name].unflatten(0, (-1, 4)) for state in (before, after, theirs))
+        assert torch.equal(taken[:, 2], ours[:, 2]) and torch.equal(taken[:, [0, 1, 3]], expected[:, [0, 1, 3]]), name
+    assert after[f"{layer}.bias"].min() > -10
+    assert all(torch.equal(after[name], theirs[name]) for name in after if name.startswith("backbone.fpn."))
 
 
 def test_short_names_are_the_papers_weights():

@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 
 from kd.detectors.anchors import ExactAnchors
-from kd.detectors.classes import num_classes
+from kd.detectors.classes import NEVER, num_classes
 from kd.detectors.gfl import GFL
 
 FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that know neither classes nor boxes
@@ -78,8 +78,8 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Initialise the student's FPN and heads from the teacher wherever they agree; return what was left out.
 
     The body of the backbone is never inherited. Lateral convolutions of the FPN are left out where the channels of the
-    backbones differ, and parts that are built otherwise in the teacher; batch norm of its FPN is folded. PGD, FGD and
-    others report results of students that start this way.
+    backbones differ, parts that are built otherwise in the teacher, and the scores of classes that it does not know;
+    batch norm of its FPN is folded. PGD, FGD and others report results of students that start this way.
     """
     ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
     theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.")}
@@ -90,8 +90,15 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
         for name, value in ours.items()
         if name in theirs and theirs[name].shape == value.shape and PARTS.match(name)[0] not in others
     }
+    left = [name for name in ours if name not in fitting]
+    for bias in [name for name, value in fitting.items() if name.endswith(".bias") and (value == NEVER).any()]:
+        unknown = fitting[bias] == NEVER  # a student that starts there would not learn these classes
+        for name in (bias, bias.removesuffix("bias") + "weight"):
+            fitting[name] = fitting[name].clone()
+            fitting[name][unknown] = ours[name][unknown]
+        left.append(f"{bias.removesuffix('.bias')} for classes that the teacher does not know")
     student.load_state_dict(fitting, strict=False)
-    return [name for name in ours if name not in fitting]
+    return left
 
 
 def plain_fpn(detector: nn.Module) -> nn.Module:

@@ -100,7 +100,8 @@ def check_names(args: argparse.Namespace) -> None:
     if args.method == "none":
         for name in ("set", "distill_weight", *(() if args.inherit else ("teacher", "teacher_weights"))):
             if getattr(args, name) != PLAIN[name]:
-                raise ValueError(f"--method none does not distil: leave out {option(name)}")
+                remedy = ", or add --inherit" if name.startswith("teacher") else ""
+                raise ValueError(f"--method none does not distil: leave out {option(name)}{remedy}")
     if args.student_weights and (args.pretrained or args.inherit):
         raise ValueError("--student-weights replaces the whole student: leave out --pretrained and --inherit")
     timm_name(args.student)

@@ -231,7 +231,7 @@ def run_name(args: argparse.Namespace, method: str, student: str) -> str:
 
     Args:
         args: of the run.
-        method: a method, "none", or "teacher" for plain training of a teacher.
+        method: a method, "none", "inherit" for inheriting alone, or "teacher" for plain training of a teacher.
         student: backbone.
     """
     teacher = [args.teacher] if method not in ("none", "teacher") else []

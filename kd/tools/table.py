@@ -100,9 +100,9 @@ def compare(runs: list[dict]) -> list[tuple[str, ...]]:
     """Return a row of COLUMNS for each setting and method, teachers and plain students first.
 
     AP and AP50 are means over the seeds. "gain" is the mean of the differences to the plain student of the same seed
-    and setting, "over l2" to that of l2 at its default weight, which inherits if they do, "over inherit" to the student
-    that only inherits. All have the standard deviation of several. "teacher" is the teacher's mean AP before training,
-    marked where it is not above the students'.
+    and setting, "over l2" to that of l2 at its default weight, which inherits if they do, and for students that inherit
+    "over inherit" to the one that only inherits; over the seeds that both have. All have the standard deviation of
+    several. "teacher" is the teacher's mean AP before training, marked where it is not above the students'.
     """
     groups = defaultdict(list)
     for run in runs:
