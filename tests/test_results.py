@@ -53,9 +53,9 @@ def test_gains_of_the_readme():
 
 
 def gains(section: str, detector: str, column: str = "gain", setting: str = "") -> dict[str, str]:
-    """Return a column of a section in points of AP, by method: "+0.100 ± 0.011" as "+10.0 ± 1.1"."""
+    """Return a column of a section in points of AP, by method: "+0.100 ± 0.011" as "+10.0±1.1"."""
     rows = [dict(zip(COLUMNS, row)) for row in compare(runs(section))]
-    cells = {row["method"]: row[column] for row in rows if row["detector"] == detector and row[column]}
+    cells = {row["method"]: row[column].replace(" ", "") for row in rows if row["detector"] == detector and row[column]}
     return {
         name.removesuffix(setting): re.sub(r"0\.\d+", lambda value: f"{100 * float(value[0]):.1f}", cell)
         for name, cell in cells.items()
