@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Collection
 
+import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -91,8 +92,11 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
         if name in theirs and theirs[name].shape == value.shape and PARTS.match(name)[0] not in others
     }
     left = [name for name in ours if name not in fitting]
-    for bias in [name for name, value in fitting.items() if name.endswith(".bias") and (value == NEVER).any()]:
-        unknown = fitting[bias] == NEVER  # a student that starts there would not learn these classes
+    for bias in [name for name in fitting if name.endswith(".bias")]:
+        label = torch.arange(len(fitting[bias]), device=fitting[bias].device) % num_classes(student)
+        unknown = (fitting[bias] == NEVER) & (label > 0)  # a student that starts there would not learn these classes
+        if not unknown.any():
+            continue
         for name in (bias, bias.removesuffix("bias") + "weight"):
             fitting[name] = fitting[name].clone()
             fitting[name][unknown] = ours[name][unknown]
