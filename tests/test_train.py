@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,6 +19,7 @@ from kd.detectors import build_detector
 from kd.distiller import Distiller
 from kd.evaluation import METRICS
 from kd.run.checkpoint import load, load_model, save
+from kd.run.folder import read_evaluations
 from kd.run.weights import load_torchvision, start_from
 
 SMALL = [
@@ -127,6 +129,17 @@ def test_inheriting_alone(tmp_path, capsys, random_teacher):
     settings = train.parse_args([*map(str, (*SMALL, "--inherit", *random_teacher))])
     train.settle(settings)
     assert Path(settings.output) == Path("runs/inherit-fcos-test_resnet-test_resnet")
+
+
+def test_what_inheriting_does_alone_is_shown(tmp_path, capsys, random_teacher):
+    """Beside a student that inherits, and only there, the table has the one that does nothing else."""
+    run("--method", "none", "--inherit", *random_teacher, "--output", tmp_path / "inherit-fcos-test_resnet-test_resnet")
+    assert capsys.readouterr().out.count("inherit test_resnet ") == 1
+    (alone,) = read_evaluations(tmp_path / "inherit-fcos-test_resnet-test_resnet")
+    run("--method", "frs", "--inherit", *random_teacher, "--output", tmp_path / "inheriting")
+    assert re.search(rf"\ninherit test_resnet +{alone['AP']:.3f}.*\nfrs test_resnet ", capsys.readouterr().out)
+    run("--method", "frs", *random_teacher, "--output", tmp_path / "without")
+    assert "\ninherit test_resnet " not in capsys.readouterr().out
 
 
 def test_distill_weight(tmp_path, random_teacher):

@@ -70,6 +70,13 @@ def plain_arguments(args: argparse.Namespace, name: str, backbone: str, epochs: 
     return argparse.Namespace(**{**vars(args), **PLAIN, **changes})
 
 
+def inherit_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments for inheriting alone in the setting of `args`, in a folder next to its own."""
+    kept = {name: getattr(args, name) for name in ("teacher", "teacher_weights", "inherit")}
+    folder = str(Path(args.output).parent / run_name(args, "inherit", args.student))
+    return argparse.Namespace(**{**vars(args), **PLAIN, **kept, "output": folder})
+
+
 def check_paths(args: argparse.Namespace) -> None:
     """Raise ValueError where a text is empty, a file of weights does not exist, or --data is a file."""
     for name, value in vars(args).items():

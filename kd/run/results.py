@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from kd.run.arguments import plain_arguments
+from kd.run.arguments import inherit_arguments, plain_arguments
 from kd.run.folder import best_evaluation, changes_since, describe, read_evaluations
 
 LOW_RATIO, HIGH_RATIO = 0.05, 5  # of a distillation loss to the detection loss, beyond which a hint is printed
@@ -25,18 +25,25 @@ def format_ratios(ratios: dict[str, float], when: str) -> str:
 
 
 def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -> None:
-    """Print a table of the teacher (if any), the plain student (if it was trained likewise), and the student.
+    """Print a table of the teacher (if any), students to compare with (if they were trained likewise), and the student.
+
+    They are the plain one and, for a method with --inherit, one that only inherits.
 
     Args:
         args: of the run.
         rows: from `result`, of the teacher (if any) and the student.
         iterations: of the run.
     """
-    likewise = plain_arguments(args, "none", args.student, args.epochs)
-    plain = read_evaluations(Path(likewise.output))
-    if plain and args.teacher and not changes_since(Path(likewise.output), describe(likewise)):
-        name, parameters = f"plain {args.student}", rows[-1]["parameters"]
-        rows = [rows[0], {**plain[-1], "name": name, "parameters": parameters}, rows[-1]]
+    others = {}
+    if args.teacher:
+        others["plain"] = plain_arguments(args, "none", args.student, args.epochs)
+    if args.inherit and args.method != "none":
+        others["inherit"] = inherit_arguments(args)
+    for name, other in others.items():
+        evaluations = read_evaluations(Path(other.output))
+        if evaluations and not changes_since(Path(other.output), describe(other)):
+            row = {**evaluations[-1], "name": f"{name} {args.student}", "parameters": rows[-1]["parameters"]}
+            rows = [*rows[:-1], row, rows[-1]]
     best = best_evaluation(Path(args.output))
     if best["AP"] > rows[-1]["AP"]:
         rows.append({**rows[-1], **best, "name": f"{rows[-1]['name']}, epoch {best['epoch']} (best.pt)"})
