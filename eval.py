@@ -57,8 +57,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", help=f"folder of a run or of several, a file of --pack, or {', '.join(ZOO)}")
     add("--data", help="for a detector of torchvision: folder in a layout that train.py knows")
-    add("--explain", nargs="+", metavar="IMAGE", help="draw the method's maps of image files or ids")
-    add("--predict", nargs="+", metavar="IMAGE", help="draw the detections on image files or folders of them")
+    several = {"nargs": "+", "action": "extend", "metavar": "IMAGE"}
+    add("--explain", **several, help="draw the method's maps of image files or ids")
+    add("--predict", **several, help="draw the detections on image files or folders of them")
     add("--export", metavar="FILE", help="write the student as an ONNX file; needs the package onnx")
     add("--curves", metavar="FILE", help="draw AP against epochs of several runs, means over seeds")
     add("--markdown", action="store_true", help="print the table of several runs as Markdown")
@@ -169,13 +170,11 @@ def open_run(args: argparse.Namespace) -> tuple[nn.Module, dict, Dataset]:
     folder = Path(args.run)
     detector, content = load_model(folder / "model.pt")
     settings = read_settings(folder)
-    dataset = open_dataset(
-        args.val_images or settings["val_images"],
-        args.val_annotations or settings["val_annotations"],
-        content["arguments"]["image_size"],
-        train=False,
-        skip_bad_images=settings["skip_bad_images"],
-    )
+    paths = [getattr(args, name) or settings[name] for name in ("val_images", "val_annotations")]
+    if paths.count(None) == 1:
+        raise ValueError("the run had the built-in shapes: give --val-images and --val-annotations, or neither")
+    size, skip = content["arguments"]["image_size"], settings["skip_bad_images"]
+    dataset = open_dataset(*paths, size, train=False, skip_bad_images=skip)
     if class_names(dataset.categories) != class_names(content["categories"]):
         raise DataError(f"{folder / 'model.pt'} was trained on other classes than {dataset.summary}")
     return detector, settings, dataset

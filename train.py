@@ -44,7 +44,7 @@ from kd.run.options import parse_args
 from kd.run.progress import Progress
 from kd.run.results import format_ratios, print_results, result
 from kd.run.speed import AMP, keep_freed_memory, speed_up_teacher
-from kd.run.weights import is_from_scratch, load_teacher, start_from
+from kd.run.weights import arguments_of, load_teacher, start_from
 from kd.tools.samples import draw_samples
 
 RATIO_BATCHES = 10  # of each process, to compare the losses before training
@@ -58,11 +58,12 @@ def main(args: argparse.Namespace) -> dict:
     settle(args)
     output = Path(args.output)
     with locked(output):
-        if is_finished(output):
-            say(f"{output} is finished")
-            return read_evaluations(output)[-1]
         if args.teacher and args.teacher_weights is None and args.teacher not in ZOO:
             args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
+        if is_finished(output):
+            check_same_run(output, describe(args))
+            say(f"{output} is finished")
+            return read_evaluations(output)[-1]
         return train(args)
 
 
@@ -130,28 +131,28 @@ def train(args: argparse.Namespace) -> dict:
         "backbone": args.student,
         "num_classes": train_set.num_classes,
         "image_size": size,
-        "from_scratch": is_from_scratch(args.student_weights) if args.student_weights else not args.pretrained,
+        "from_scratch": not args.pretrained,
     }
-    if teacher:
-        fitting = fitting_arguments(teacher, args.detector)
-        arguments |= fitting
-        if fitting:
-            words = ", ".join(f"{name} {value}" for name, value in fitting.items())
-            say(f"the student takes from its teacher: {words}")
+    if args.student_weights:
+        arguments |= arguments_of(args.student_weights, args.detector)
+    fitting = fitting_arguments(teacher, args.detector) if teacher else {}
+    arguments |= fitting
+    if fitting:
+        say(f"the student takes from its teacher: {', '.join(f'{name} {value}' for name, value in fitting.items())}")
     student = build_detector(**arguments, pretrained=args.pretrained)
     if args.student_weights:
         left = start_from(student, args.student_weights)
         say(f"started from {args.student_weights}, except: {', '.join(left) or 'nothing'}")
     student = student.to(device, memory_format=torch.channels_last)
     if args.multi_scale:
-        low, high = args.multi_scale
-        student.transform.min_size = (*range(low, high + 1), size[0])  # evaluation takes the last
+        others = (side for side in range(args.multi_scale[0], args.multi_scale[1] + 1) if side != size[0])
+        student.transform.min_size = (*others, size[0])  # training draws one of them, evaluation takes the last
 
     # distiller
     method, warmup = None, 0
     if args.method != "none":
         channels = student.backbone.out_channels, teacher.backbone.out_channels
-        method = build_method(args.method, args.detector, *channels, student.backbone.strides, args.set)
+        method = build_method(args.method, args.detector, *channels, student.backbone.strides, args.set, args.inherit)
         warmup = min(method.warmup, iterations // 10) * args.accumulate
     if teacher:
         check_pair(student, teacher, method.needs if method else ())

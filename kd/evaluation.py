@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kd.crowdhuman_metrics import CROWDHUMAN_METRICS, crowdhuman_metrics
 from kd.data import collate
+from kd.run.signals import ignore_signals
 from kd.voc_metrics import VOC_METRICS, voc_metrics
 
 try:
@@ -66,7 +67,7 @@ def evaluate(
     grouped = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
     share = Subset(dataset, range(rank, min(limit or len(dataset), len(dataset)), world_size))
-    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_signals)
     detections = detect(detector, tqdm(loader, name, leave=False, disable=rank > 0, dynamic_ncols=True), device)
     if world_size > 1:
         shares = [{}] * world_size

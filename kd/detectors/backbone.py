@@ -136,6 +136,11 @@ def feature_indices(name: str, strides: list[int], detector: str) -> tuple[int, 
     return tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
 
 
+def any_size(name: str) -> dict[str, bool]:
+    """Return the options with which a timm model takes images of any size; Swin has to be told."""
+    return {"strict_img_size": False} if name.startswith("swin") else {}
+
+
 def create_body(name: str, indices: tuple[int, ...], pretrained: bool | str) -> nn.Module:
     """Create a timm feature extractor; arguments as in `build_backbone`.
 
@@ -146,7 +151,7 @@ def create_body(name: str, indices: tuple[int, ...], pretrained: bool | str) -> 
     if file and not Path(file).is_file():
         raise ValueError(f"--pretrained {file}: no such file")
     overlay = {"file": file} if file else None
-    options = {"features_only": True, "out_indices": indices}
+    options = {"features_only": True, "out_indices": indices, **any_size(name)}
     if not pretrained:
         return timm.create_model(name, **options)
     try:
@@ -158,7 +163,8 @@ def create_body(name: str, indices: tuple[int, ...], pretrained: bool | str) -> 
         ) from error
     if file:  # timm loads feature extractors with strict=False, and stages.0.x may be called stages_0.x in the body
         held = {key.replace(".", "_") for key in timm.models.load_state_dict(file)}
-        missing = [key for key in body.state_dict() if key.replace(".", "_") not in held]
+        counters = "num_batches_tracked"  # of batch norm, which old files lack
+        missing = [k for k in body.state_dict() if k.replace(".", "_") not in held and not k.endswith(counters)]
         if missing:
             raise ValueError(
                 f"{file} is not a checkpoint of timm's {name}: it lacks {len(missing)} tensors, first {missing[0]}"
@@ -168,11 +174,17 @@ def create_body(name: str, indices: tuple[int, ...], pretrained: bool | str) -> 
 
 @torch.no_grad()
 def check_maps(backbone: Backbone, strides: list[int], name: str) -> None:
-    """Raise ValueError unless the body returns maps of the strides and channels that timm announces."""
-    height, width = backbone.body.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
+    """Raise ValueError unless the body takes any image, and returns the maps that timm announces."""
+    height, width = 64, 96
     training = backbone.training
     backbone.eval()
-    shapes = [tuple(m.shape[1:]) for m in backbone.body_maps(torch.zeros(1, 3, height, width))]
+    try:
+        shapes = [tuple(m.shape[1:]) for m in backbone.body_maps(torch.zeros(1, 3, height, width))]
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} takes images of certain sizes only, but those of a detector differ: with {height}x{width} pixels, "
+            f"{error}"
+        ) from error
     backbone.train(training)
     channels = backbone.body.feature_info.channels()
     expected = [(c, -(-height // s), -(-width // s)) for c, s in zip(channels, strides)]
@@ -185,6 +197,8 @@ def check_maps(backbone: Backbone, strides: list[int], name: str) -> None:
 def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
     """Freeze all batch norm and the layers up to stride 4, as torchvision does with pretrained backbones.
 
+    These are the layers on which the map at stride 4 depends, or the coarsest before it. In an HRNet they are most.
+
     Args:
         body: as `create_body` returns it.
         backbone: its name.
@@ -193,11 +207,16 @@ def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
         The body with frozen batch norm.
     """
     body = freeze_batch_norm_2d(body)
+    model = timm_name(backbone)
     with torch.device("meta"):
-        info = timm.create_model(timm_name(backbone), features_only=True).feature_info
-    stage = [n for n, r in zip(info.module_name(), info.reduction()) if r <= 4][-1].replace(".", "_") + "_"
-    parameters = list(body.named_parameters())
-    last = max(i for i, (key, _) in enumerate(parameters) if key.replace(".", "_").startswith(stage))
-    for _, parameter in parameters[: last + 1]:
-        parameter.requires_grad_(False)
+        whole = timm.create_model(model, features_only=True, **any_size(model))
+        maps = whole(torch.zeros(1, 3, 64, 96))
+    early = [m for m, reduction in zip(maps, whole.feature_info.reduction()) if reduction <= 4]
+    if not early:
+        return body
+    names, parameters = zip(*whole.named_parameters())
+    gradients = torch.autograd.grad(early[-1].sum(), parameters, allow_unused=True)
+    reached = {name for name, gradient in zip(names, gradients) if gradient is not None}
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(name not in reached)
     return body

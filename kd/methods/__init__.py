@@ -53,6 +53,7 @@ def build_method(
     teacher_channels: int,
     strides: tuple[int, ...],
     settings: list[str],
+    inherits: bool = False,
 ) -> nn.Module:
     """Build a method.
 
@@ -63,16 +64,20 @@ def build_method(
         teacher_channels: channels of the teacher's.
         strides: of the levels, in pixels.
         settings: hyper-parameters as NAME=VALUE, VALUE a Python literal or text.
+        inherits: whether the student begins with its teacher's FPN and heads. Then adapters between equal numbers of
+            channels begin as the identity: random ones would pull the student away from what it inherited.
 
     Raises:
-        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type; a
-            number is negative or not finite.
+        ValueError: the method does not support the detector, has no such hyper-parameter, or needs another type; one is
+            given twice; a number is negative or not finite.
     """
     make, legal, values = METHODS[name], hyper_parameters(name), {}
     for text in settings:
         key, _, value = text.partition("=")
         if key not in legal or not value:
             raise ValueError(f"--set {text}: {name} takes NAME=VALUE with NAME one of {', '.join(legal)}")
+        if key in values:
+            raise ValueError(f"--set {text}: {key} is given twice")
         try:
             values[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -83,7 +88,13 @@ def build_method(
             raise ValueError(f"--set {text}: {name} takes {key} as {kind}, default {legal[key].default}")
         if not all(0 <= number <= sys.float_info.max for number in numbers(values[key])):
             raise ValueError(f"--set {text}: give finite numbers from 0")
-    return make(detector, student_channels, teacher_channels, strides, **values)
+    method = make(detector, student_channels, teacher_channels, strides, **values)
+    if inherits and student_channels == teacher_channels:
+        for key, module in method.named_modules():
+            if "adapter" in key and isinstance(module, nn.Conv2d):
+                nn.init.dirac_(module.weight)
+                nn.init.zeros_(module.bias)
+    return method
 
 
 def needs(name: str) -> tuple[str, ...]:

@@ -168,7 +168,8 @@ class FGD(nn.Module):
 
     def regions(self, teacher, targets: list[dict[str, Tensor]]) -> list[Tensor]:
         """Return foreground and background of each level, [2, N, H, W]."""
-        boxes = [target["boxes"].to(teacher.fpn[0]) for target in targets]
+        dtype = torch.promote_types(teacher.fpn[0].dtype, torch.float32)  # 1 / #positions underflows in half precision
+        boxes = [target["boxes"].to(teacher.fpn[0].device, dtype) for target in targets]
         levels = zip(self.strides, teacher.fpn[: self.levels], strict=True)
         return [torch.stack([split_positions(b, stride, t.shape[2:]) for b in boxes], dim=1) for stride, t in levels]
 

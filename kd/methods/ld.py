@@ -142,14 +142,14 @@ class LD(nn.Module):
 
     def regions(self, student, targets: list[dict[str, Tensor]]) -> list[Tensor]:
         """Return for each level the weights of (3), [N, A, H, W], without positives."""
-        anchors = []
+        boxes, anchors = [target["boxes"] for target in targets], []
         for level, stride in zip(student.anchors, self.strides, strict=True):
             low, high = level.flatten(2).permute(2, 0, 1).flatten(0, 1).chunk(2, dim=1)  # [HWA, 2] each
             centre, half = (low + high) / 2, ANCHOR_SIZE * stride / 2
             anchors.append(torch.cat([centre - half, centre + half], dim=1))
         if len(targets) != len(student.positive[0]):
             raise ValueError(f"{len(targets)} targets for {len(student.positive[0])} images")
-        images = torch.stack([valuable_region(anchors, target["boxes"], self.gamma) for target in targets])
+        images = torch.stack([valuable_region(anchors, b, self.gamma) for b in boxes])
         levels = images.split([len(level) for level in anchors], dim=1)
         regions = []
         for level, positive in zip(levels, student.positive):

@@ -145,6 +145,11 @@ def check_numbers(args: argparse.Namespace) -> None:
         if not SIDES[0] <= low <= high <= SIDES[1]:
             raise ValueError(f"{option(name)} {low} {high}: give {words}, from {SIDES[0]} to {SIDES[1]} pixels")
     low, high = args.image_size
+    if args.multi_scale and not args.multi_scale[0] <= low <= args.multi_scale[1]:
+        raise ValueError(
+            f"--multi-scale {args.multi_scale[0]} {args.multi_scale[1]}: give a range that includes the short side of "
+            f"--image-size, {low}, at which the student is evaluated"
+        )
     if args.data is None and args.train_annotations is None and low != high:
         raise ValueError(f"the built-in shapes are square: give --image-size {low} {low}")
 

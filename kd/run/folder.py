@@ -30,7 +30,7 @@ from kd.run.distributed import rank, say, world_size
 from kd.run.files import write_text
 
 # Arguments that may differ when a run is continued: they change where and when, not what is computed. Files are
-# compared by hash.
+# compared by hash, and of --pretrained also whether it is given.
 PATHS = (
     *("output", "teacher_weights", "student_weights", "pretrained"),
     *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
@@ -90,8 +90,8 @@ def open_folder(folder: Path, args: argparse.Namespace) -> bool:
 
 
 def started_with(folder: Path) -> dict:
-    """Return the args.json of a run that can be continued, empty if there is none."""
-    return read_settings(folder) if (folder / "checkpoint.pt").exists() else {}
+    """Return the args.json of a run that can be continued or is finished, empty if there is none."""
+    return read_settings(folder) if (folder / "checkpoint.pt").exists() or is_finished(folder) else {}
 
 
 def read_settings(folder: Path) -> dict:
@@ -110,15 +110,13 @@ def read_settings(folder: Path) -> dict:
 
 def describe(args: argparse.Namespace) -> dict:
     """Return the content of args.json: the arguments with absolute paths, and what else a result depends on."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(command, capture_output=True, text=True, check=False)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         SCORER: version(SCORER),
-        "revision": revision.stdout.strip() or None,
+        "revision": revision(),
     }
     files = {name: getattr(args, name) for name in FILES}
     files["pretrained"] = args.pretrained if isinstance(args.pretrained, str) else None
@@ -131,14 +129,29 @@ def describe(args: argparse.Namespace) -> dict:
     return {**vars(args), **paths, "processes": world_size(), "sha256": hashes, "versions": versions}
 
 
+def revision() -> str | None:
+    """Return the git revision of this code, None if git is not installed or does not know the code."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
+
+
 def changes_since(folder: Path, description: dict) -> list[str]:
     """Return in which arguments, number of processes or files a run differs from a description by `describe`."""
-    before = read_settings(folder)
+    before, now = compared(read_settings(folder)), compared(description)
     return [
-        f"{name} was {before.get(name)}, is {description.get(name)}"
-        for name in sorted((before.keys() | description.keys()) - FREE - {"versions"})
-        if before.get(name) != description.get(name)
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
+
+
+def compared(description: dict) -> dict:
+    """Return the part of a description by `describe` that must not change."""
+    kept = {name: value for name, value in description.items() if name not in FREE | {"versions"}}
+    return {**kept, "pretrained": bool(description.get("pretrained"))}
 
 
 def check_same_run(folder: Path, description: dict) -> None:

@@ -68,7 +68,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--inherit", action="store_true", help=inherit_help)
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
+    add("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="hyper-parameters of the method")
     add("--help-method", action=HelpMethod, metavar="METHOD", help="print a method's hyper-parameters and exit")
     weight_help = "multiplies the distillation losses (default: 1); auto: see the end"
     add("--distill-weight", type=number_or_auto, default=1.0, metavar="NUMBER|auto", help=weight_help)
@@ -84,7 +84,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--val-annotations", metavar="FILE", help="the same")
     add("--image-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="in pixels; default: 800 1333, shapes 64 64")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
-    add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="random short side of training images")
+    add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="range of the random short side in training")
     group_help = "groups of similar aspect ratio per octave, for batches that need less padding (default: 3); 0: off"
     add("--aspect-ratio-group-factor", type=int, default=3, metavar="N", help=group_help)
 

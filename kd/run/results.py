@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from kd.run.arguments import inherit_arguments, plain_arguments
-from kd.run.folder import best_evaluation, changes_since, describe, read_evaluations
+from kd.run.folder import best_evaluation, changes_since, describe, is_finished, read_evaluations
 
 LOW_RATIO, HIGH_RATIO = 0.05, 5  # of a distillation loss to the detection loss, beyond which a hint is printed
 
@@ -40,9 +40,9 @@ def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -
     if args.inherit and args.method != "none":
         others["inherit"] = inherit_arguments(args)
     for name, other in others.items():
-        evaluations = read_evaluations(Path(other.output))
-        if evaluations and not changes_since(Path(other.output), describe(other)):
-            row = {**evaluations[-1], "name": f"{name} {args.student}", "parameters": rows[-1]["parameters"]}
+        folder = Path(other.output)
+        if is_finished(folder) and not changes_since(folder, describe(other)):
+            row = {**rows[-1], **read_evaluations(folder)[-1], "name": f"{name} {args.student}"}
             rows = [*rows[:-1], row, rows[-1]]
     best = best_evaluation(Path(args.output))
     if best["AP"] > rows[-1]["AP"]:

@@ -14,6 +14,7 @@ from kd.detectors import (
     check_pair,
     describe_mmdet,
     fetch_weights,
+    fitting_arguments,
     load_mmdet,
     match_classes,
     timm_name,
@@ -141,6 +142,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def is_from_scratch(path: str | Path) -> bool:
     """Return whether the batch norm of a detector file was trained, and not frozen."""
     return any(name.endswith("num_batches_tracked") for name in read_weights(path))
+
+
+def arguments_of(path: str | Path, detector: str) -> dict[str, object]:
+    """Return the arguments of `build_detector` that a detector needs to be what its weights were trained for.
+
+    Args:
+        path: model.pt of a run, or a state_dict of torchvision.
+        detector: of the student.
+    """
+    content = load(path)
+    if isinstance(content, dict) and "arguments" in content:
+        saved = build_saved(content, path)
+        return {"from_scratch": content["arguments"]["from_scratch"], **fitting_arguments(saved, detector)}
+    return {"from_scratch": is_from_scratch(path), "anchors": "torchvision"}
 
 
 def start_from(detector: nn.Module, path: str | Path) -> list[str]:
