@@ -24,6 +24,7 @@ DEVICES = ("gpu", "mps", "xpu", "meta", "cpu:3", "cuda:x", "cuda:-1")
         (["--distill-weight", "2"], "none does not distil: leave out --distill-weight"),
         ([*DISTILL, "frs", "--distill-weight", "0"], "--distill-weight is 0.0: give a finite number above 0"),
         ([*DISTILL, "frs", "--set", "gamma=1"], "one of alpha, beta"),
+        ([*DISTILL, "frs", "--set", "alpha=1", "--set", "alpha=2"], "--set alpha=2: alpha is given twice"),
         ([*DISTILL, "frs", "--set", "alpha"], "takes NAME=VALUE"),
         ([*DISTILL, "frs", "--set", "alpha=small"], r"takes alpha as float \| None"),
         ([*DISTILL, "pgd", "--set", "xi=0.8"], r"takes xi as tuple\[float, float\], default \(0.8, 0.6\)"),
@@ -82,6 +83,7 @@ DEVICES = ("gpu", "mps", "xpu", "meta", "cpu:3", "cuda:x", "cuda:-1")
         (["--clip-grad", "nan"], "--clip-grad is nan: give a number from 0"),
         (["--aspect-ratio-group-factor", "-1"], "--aspect-ratio-group-factor is -1: give a number from 0 to 100"),
         (["--multi-scale", "800", "640"], "--multi-scale 800 640: give the lower side first"),
+        (["--multi-scale", "96", "128"], "96 128: give a range that includes the short side of --image-size, 64"),
         (["--image-size", "64", "96"], "shapes are square: give --image-size 64 64"),
         (["--image-size", "16", "16"], "--image-size 16 16: give the short side, then the long side, from 32 to 10000"),
         (["--image-size", "96", "64", "--data", "x"], "--image-size 96 64: give the short side"),
@@ -140,6 +142,7 @@ def test_refused_while_parsing(words, capsys):
 
 def test_hyper_parameters_reach_the_method():
     """Numbers, tuples, names and None as Python reads them; an integer serves where a float is asked for."""
+    assert train.parse_args(["--set", "a=1", "b=2", "--set", "c=3"]).set == ["a=1", "b=2", "c=3"]
 
     def build(name: str, *settings: str):
         return build_method(name, "fcos", 8, 8, (8, 16), list(settings))

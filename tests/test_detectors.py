@@ -30,22 +30,42 @@ BACKBONES = (
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbones_run_forward_and_backward(backbone):
-    """Swin accepts its own image size only, so all get 224 x 224."""
-    model = build_detector("fcos", backbone, 3, image_size=(224, 224))
+    model = build_detector("fcos", backbone, 3, image_size=(96, 160))
     target = {"boxes": torch.tensor([[20.0, 30.0, 120.0, 90.0]]), "labels": torch.tensor([1])}
-    losses = model([torch.rand(3, 224, 224)], [target])
+    losses = model([torch.rand(3, 96, 160)], [target])
     sum(losses.values()).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
     assert model.transform.image_mean == list(timm.get_pretrained_cfg(backbone).mean)
     model.eval()
-    features = model.backbone(torch.zeros(1, 3, 224, 224))
-    assert [tuple(f.shape) for f in features.values()] == [(1, 256, s, s) for s in (28, 14, 7, 4, 2)]
+    features = model.backbone(torch.zeros(1, 3, 96, 160))
+    assert [tuple(f.shape[2:]) for f in features.values()] == [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "frozen"),
+    [
+        ("mobilenetv3_small_100", {"conv_stem", "blocks.0"}),
+        ("vgg11_bn", {"features_0", "features_4", "features_8", "features_11"}),
+        ("xception41", {"stem_0", "stem_1", "blocks_0", "blocks_1"}),
+        ("swin_tiny_patch4_window7_224", {"patch_embed", "layers_0"}),
+        ("convnext_atto", {"stem_0", "stem_1", "stages_0"}),
+    ],
+)
+def test_frozen_layers(backbone, frozen):
+    """Up to stride 4, whatever timm calls them; no batch norm is left to train."""
+    body = build_detector("fcos", backbone, 3, from_scratch=False).backbone.body
+    stages = {"blocks.0"} if "conv_stem" in frozen else set()
+    names = [name for name, p in body.named_parameters() if not p.requires_grad]
+    assert {next((s for s in stages if name.startswith(f"{s}.")), name.split(".")[0]) for name in names} == frozen
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
 
 
 def test_refusals_name_the_reason(tmp_path):
     with pytest.raises(ValueError, match="stride"):
         build_detector("fcos", "vit_tiny_patch16_224", 3)
+    with pytest.raises(ValueError, match="visformer_tiny takes images of certain sizes only"):
+        build_detector("fcos", "visformer_tiny", 3)
     with pytest.raises(ValueError, match="did you mean.*resnet50"):
         build_detector("fcos", "resnett50", 3)
     with pytest.raises(ValueError, match="retinanet"):
@@ -72,6 +92,9 @@ def test_pretrained_weights_from_a_file(tmp_path):
     frozen = {name.split(".")[0] for name, p in model.backbone.body.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "layer1"}
 
+    old = {name: value for name, value in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")  # as torch before 0.4.1 wrote them
+    build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "old.pth"))
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not a checkpoint of timm's test_resnet"):
         build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "other.pth"))

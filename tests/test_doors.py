@@ -104,6 +104,12 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
     assert (described["pretrained"], described["data"], described["output"]) == (True, None, str(tmp_path / "y"))
 
 
+def test_no_git(monkeypatch):
+    """A run without git has no revision, and is not refused."""
+    monkeypatch.setenv("PATH", "")
+    assert describe(train.parse_args([]))["versions"]["revision"] is None
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -1,6 +1,7 @@
 """COCO's numbers on detections whose score is known."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -152,3 +153,19 @@ def test_limit_and_batches(truth):
     metrics, detections = evaluate(detector, dataset, torch.device("cpu"), batch_size=2, limit=3)
     assert detector.seen == 3 and list(detections) == [0, 1, 2] and not detector.training
     assert metrics["AP"] == pytest.approx(1)
+
+
+def test_a_signal_does_not_end_the_loading_processes(truth, monkeypatch):
+    """Their parent finishes its evaluation, saves and ends them."""
+    dataset, _ = truth
+
+    def handlers(sample: dict) -> dict:
+        return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    dataset.transforms = lambda image, target: (torch.zeros(3, 8, 8), {**target, **handlers(target)})
+    seen = []
+    monkeypatch.setattr(evaluation, "detect", lambda detector, loader, device: seen.extend(t for _, t in loader))
+    with pytest.raises(AttributeError):  # without detections
+        evaluate(torch.nn.Identity(), dataset, torch.device("cpu"), batch_size=4, workers=1)
+    ((target, *_),) = seen
+    assert target[signal.SIGINT] == target[signal.SIGTERM] == signal.SIG_IGN

@@ -224,5 +224,7 @@ def test_errors(runs):
         explain(runs, "l2", "7")
     with pytest.raises(ValueError, match=r"boxes.json is not an image"):
         explain(runs, "l2", str(runs / "annotations" / "boxes.json"))
+    with pytest.raises(ValueError, match="built-in shapes: give --val-images and --val-annotations, or neither"):
+        explain(runs, "l2", "2", val_annotations=None)
     with pytest.raises(ValueError, match=r"teacher of .*l2 is not at gone.pt: give its file as --teacher-weights"):
         explain(runs, "l2", "2", teacher_weights="gone.pt")

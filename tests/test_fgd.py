@@ -220,6 +220,18 @@ def test_zero_at_teacher(fake_output, targets):
     assert all(loss == 0 for loss in FGD("fcos", 4, 4, STRIDES).double()(teacher, teacher, targets).values())
 
 
+def test_half_precision():
+    """Features of float16 do not make the weights of many positions vanish."""
+    features = [torch.rand(1, 4, 100, 168) for _ in range(2)]
+    method = FGD("retinanet", 4, 4, (8,))
+    exact, half = (
+        method(*(SimpleNamespace(fpn=[f.half().to(dtype)]) for f in features), [{"boxes": torch.zeros(0, 4)}])
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert exact["loss_fgd_focal"] > 0
+    assert_close(half, exact, rtol=1e-4, atol=0)
+
+
 def test_images_without_boxes(fake_output, targets):
     """All is background, with equal weights, and the focal loss is background's alone; no position is covered twice."""
     student, teacher, empty = fake_output(1), fake_output(2), targets[1]

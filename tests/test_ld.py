@@ -187,3 +187,5 @@ def test_errors():
         LD("fcos", 256, 256, (8,))
     with pytest.raises(ValueError, match="cls_temperature=0"):
         LD("gfl", 256, 256, (8,), cls_temperature=0)
+    with pytest.raises(KeyError, match="boxes"):  # of an image of which none are known
+        LD("gfl", 256, 256, ()).maps(Output(anchors=[], positive=None), Output(), [{}])

@@ -204,6 +204,26 @@ def test_half_precision(fake_output, targets, name):
     assert_close(half, method(*outputs, boxes), rtol=0.03, atol=1e-6)
 
 
+def test_adapters_of_a_student_that_inherits():
+    """Where channels agree they begin as the identity, of any size of kernel; else as they would."""
+    adapters = 0
+    for name in METHODS:
+        detector, settings = SERVES.get(name, ["fcos"])[0], ["nodes=(3, 2, 2)"] if name == "drkd" else []
+        for channels, inherits in ((4, True), (4, False), (6, True)):
+            torch.manual_seed(0)
+            method = build_method(name, detector, 4, channels, FAKE_STRIDES, settings, inherits)
+            torch.manual_seed(0)
+            usual = build_method(name, detector, 4, channels, FAKE_STRIDES, settings)
+            for (key, ours), theirs in zip(method.named_modules(), usual.modules(), strict=True):
+                x = torch.rand(1, 4, 5, 6)
+                if "adapter" in key and isinstance(ours, nn.Conv2d) and inherits and channels == 4:
+                    assert torch.equal(ours(x), x) and not torch.equal(theirs(x), x)
+                    adapters += 1
+                else:
+                    assert_close(list(ours.parameters(recurse=False)), list(theirs.parameters(recurse=False)))
+    assert adapters == 3 + 3 + 3 + 2 + 2  # of FRS, TID, and the three kinds of DRKD
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_missing_level(fake_output, targets, name):
     """A level that one network lacks is an error, not left out."""

@@ -219,6 +219,8 @@ def test_nothing_to_resume(tmp_path, capsys):
     capsys.readouterr()
     assert run("--output", tmp_path / "x", "--resume", "auto")["AP"] == metrics["AP"]
     assert f"{tmp_path / 'x'} is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="x was started differently: lr was None, is 0.1"):
+        run("--output", tmp_path / "x", "--resume", "auto", "--lr", 0.1)
 
 
 def test_unwritable_output(tmp_path):

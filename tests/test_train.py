@@ -18,9 +18,9 @@ import train
 from kd.detectors import build_detector
 from kd.distiller import Distiller
 from kd.evaluation import METRICS
-from kd.run.checkpoint import load, load_model, save
-from kd.run.folder import read_evaluations
-from kd.run.weights import load_torchvision, start_from
+from kd.run.checkpoint import load, load_model, save, save_model
+from kd.run.folder import changes_since, read_evaluations
+from kd.run.weights import arguments_of, load_torchvision, start_from
 
 SMALL = [
     *("--student", "test_resnet", "--image-size", "64", "64", "--batch-size", "4"),
@@ -138,6 +138,8 @@ def test_what_inheriting_does_alone_is_shown(tmp_path, capsys, random_teacher):
     (alone,) = read_evaluations(tmp_path / "inherit-fcos-test_resnet-test_resnet")
     run("--method", "frs", "--inherit", *random_teacher, "--output", tmp_path / "inheriting")
     assert re.search(rf"\ninherit test_resnet +{alone['AP']:.3f}.*\nfrs test_resnet ", capsys.readouterr().out)
+    adapter = load(tmp_path / "inheriting" / "checkpoint.pt")["distiller"]["method.adapters.0.weight"]
+    assert_close(adapter[:, :, 1, 1], torch.eye(256), atol=0.02, rtol=0)  # where it began, after three steps
     run("--method", "frs", *random_teacher, "--output", tmp_path / "without")
     assert "\ninherit test_resnet " not in capsys.readouterr().out
 
@@ -249,6 +251,23 @@ def test_a_plain_student_of_another_schedule_is_not_shown(tmp_path, capsys):
     assert "plain test_resnet" not in capsys.readouterr().out
 
 
+def test_an_unfinished_plain_student_is_not_shown(tmp_path, capsys):
+    run("--output", tmp_path / "none-fcos-test_resnet")
+    model = (tmp_path / "none-fcos-test_resnet" / "model.pt").rename(tmp_path / "teacher.pt")
+    capsys.readouterr()
+    run("--method", "l2", "--teacher", "test_resnet", "--teacher-weights", model, "--output", tmp_path / "l2")
+    assert "plain test_resnet" not in capsys.readouterr().out
+
+
+def test_pretrained_or_not_is_another_run(tmp_path):
+    """The path of the weights may change, not whether there are any."""
+    run("--output", tmp_path / "x")
+    settings = json.loads((tmp_path / "x" / "args.json").read_text())
+    assert changes_since(tmp_path / "x", {**settings, "pretrained": True}) == ["pretrained was False, is True"]
+    (tmp_path / "x" / "args.json").write_text(json.dumps({**settings, "pretrained": "a.pth"}))
+    assert changes_since(tmp_path / "x", {**settings, "pretrained": "b.pth"}) == []
+
+
 def test_multi_scale(tmp_path, monkeypatch):
     """Training draws the short side from a range; evaluation, here and by eval.py, is at --image-size."""
     evaluated = Mock(side_effect=ValueError("far enough"))
@@ -256,7 +275,7 @@ def test_multi_scale(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="far enough"):
         run("--multi-scale", 48, 96, "--max-iterations", 1, "--output", tmp_path / "x")
     transform = evaluated.call_args.args[0].eval().transform
-    assert set(range(48, 97)) <= set(transform.min_size)
+    assert sorted(transform.min_size) == list(range(48, 97))  # each as often as the others
     assert transform([torch.rand(3, 32, 32)])[0].image_sizes == [(64, 64)]
 
 
@@ -373,6 +392,24 @@ def test_start_from_a_detector_with_other_classes(tmp_path, capsys):
     assert "model.pt, except: nothing" in capsys.readouterr().out
     with pytest.raises(ValueError, match="coco.pth do not fit"):
         run(*words, "--student-weights", tmp_path / "coco.pth", "--student", "r18", "--output", tmp_path / "z")
+
+
+def test_start_as_what_the_weights_were_trained_for(tmp_path):
+    """Trained or frozen normalisation, group norm and anchors are those of the file, not of the images' size."""
+    built = {"from_scratch": True, "anchors": "half", "tower_norm": False, "giou": True}
+    detector = build_detector("retinanet", "test_resnet", 5, image_size=(64, 64), **built)
+    arguments = {"detector": "retinanet", "backbone": "test_resnet", "num_classes": 5, "image_size": (64, 64), **built}
+    categories = {label: {"id": label, "name": str(label)} for label in range(1, 5)}
+    save_model(detector, arguments, categories, tmp_path / "model.pt")
+    assert arguments_of(tmp_path / "model.pt", "retinanet") == built
+    frozen = build_detector("retinanet", "test_resnet", 5, image_size=(64, 64), from_scratch=False)
+    save(frozen.state_dict(), tmp_path / "plain.pth")
+    assert arguments_of(tmp_path / "plain.pth", "retinanet") == {"from_scratch": False, "anchors": "torchvision"}
+
+    words = ("--detector", "retinanet", "--image-size", 400, 400, "--max-iterations", 1, "--batch-size", 1)
+    run(*words, "--student-weights", tmp_path / "model.pt", "--output", tmp_path / "x")
+    started, _ = load_model(tmp_path / "x" / "model.pt")
+    assert started.anchor_generator.sizes == detector.anchor_generator.sizes
 
 
 def test_best_model(tmp_path, monkeypatch, capsys):

@@ -64,7 +64,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     weights_help = "model.pt of a teacher's run, a state_dict of torchvision, or a checkpoint of mmdetection's zoo"
     add("--teacher-weights", metavar="FILE", help=weights_help)
     add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help="ImageNet backbone, timm's or FILE")
-    inherit_help = "initialise the student's FPN and heads from the teacher; with --method none, nothing more"
+    inherit_help = "start with the teacher's FPN and heads (adapters as the identity); --method none does no more"
     add("--inherit", action="store_true", help=inherit_help)
 
     add = parser.add_argument_group("distillation").add_argument
