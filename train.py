@@ -39,6 +39,7 @@ from kd.run.folder import (
     open_folder,
     read_evaluations,
     started_with,
+    teacher_file,
 )
 from kd.run.options import parse_args
 from kd.run.progress import Progress
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> dict:
     output = Path(args.output)
     with locked(output):
         if args.teacher and args.teacher_weights is None and args.teacher not in ZOO:
-            args.teacher_weights = started_with(output).get("teacher_weights") or train_companions(args)
+            args.teacher_weights = teacher_file(output, started_with(output)) or train_companions(args)
         if is_finished(output):
             check_same_run(output, describe(args))
             say(f"{output} is finished")
@@ -222,10 +223,9 @@ def train(args: argparse.Namespace) -> dict:
     progress.signal.release()
 
     # results
-    results.append(result(f"{label} {args.student}", metrics, student))
     if rank() == 0:
         save_model(student, arguments, val_set.categories, output / "model.pt")
-        print_results(args, results, iterations)
+        print_results(args, [*results, result(f"{label} {args.student}", metrics, student)], iterations)
     barrier()  # the files exist before another process looks for them
     return metrics
 

@@ -255,7 +255,12 @@ def test_an_unfinished_plain_student_is_not_shown(tmp_path, capsys):
     run("--output", tmp_path / "none-fcos-test_resnet")
     model = (tmp_path / "none-fcos-test_resnet" / "model.pt").rename(tmp_path / "teacher.pt")
     capsys.readouterr()
-    run("--method", "l2", "--teacher", "test_resnet", "--teacher-weights", model, "--output", tmp_path / "l2")
+    teacher = ("--teacher", "test_resnet", "--teacher-weights", model)
+    run("--method", "l2", *teacher, "--output", tmp_path / "l2")
+    for file in (tmp_path / "none-fcos-test_resnet").iterdir():
+        file.unlink()
+    save({}, tmp_path / "none-fcos-test_resnet" / "model.pt")  # or one of which nothing else was kept
+    run("--method", "l2", *teacher, "--output", tmp_path / "again")
     assert "plain test_resnet" not in capsys.readouterr().out
 
 

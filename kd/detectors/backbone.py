@@ -137,7 +137,10 @@ def feature_indices(name: str, strides: list[int], detector: str) -> tuple[int, 
 
 
 def any_size(name: str) -> dict[str, bool]:
-    """Return the options with which a timm model takes images of any size; Swin has to be told."""
+    """Return the options with which a timm model takes images of any size; Swin has to be told.
+
+    Its last stage then has no shifted windows, as in timm's classifiers of 224 or 256 pixels.
+    """
     return {"strict_img_size": False} if name.startswith("swin") else {}
 
 
@@ -181,9 +184,9 @@ def check_maps(backbone: Backbone, strides: list[int], name: str) -> None:
     try:
         shapes = [tuple(m.shape[1:]) for m in backbone.body_maps(torch.zeros(1, 3, height, width))]
     except (AssertionError, RuntimeError) as error:
+        reason = f": {error}" if str(error) else ""
         raise ValueError(
-            f"{name} takes images of certain sizes only, but those of a detector differ: with {height}x{width} pixels, "
-            f"{error}"
+            f"{name} does not take an image of {height}x{width} pixels, as a detector's may be{reason}"
         ) from error
     backbone.train(training)
     channels = backbone.body.feature_info.channels()
@@ -197,7 +200,7 @@ def check_maps(backbone: Backbone, strides: list[int], name: str) -> None:
 def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
     """Freeze all batch norm and the layers up to stride 4, as torchvision does with pretrained backbones.
 
-    These are the layers on which the map at stride 4 depends, or the coarsest before it. In an HRNet they are most.
+    These are the layers on which the map at stride 4 depends, or the coarsest before it.
 
     Args:
         body: as `create_body` returns it.
@@ -208,15 +211,16 @@ def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
     """
     body = freeze_batch_norm_2d(body)
     model = timm_name(backbone)
-    with torch.device("meta"):
-        whole = timm.create_model(model, features_only=True, **any_size(model))
-        maps = whole(torch.zeros(1, 3, 64, 96))
-    early = [m for m, reduction in zip(maps, whole.feature_info.reduction()) if reduction <= 4]
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        whole = timm.create_model(model, features_only=True, **any_size(model)).eval()
+        maps = zip(whole.feature_info.reduction(), whole(torch.zeros(1, 3, 64, 96)))
+        early = [m.sum() for reduction, m in maps if reduction <= 4]
     if not early:
         return body
     names, parameters = zip(*whole.named_parameters())
-    gradients = torch.autograd.grad(early[-1].sum(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(early[-1], parameters, allow_unused=True)
     reached = {name for name, gradient in zip(names, gradients) if gradient is not None}
     for name, parameter in body.named_parameters():
-        parameter.requires_grad_(name not in reached)
+        if name in reached:
+            parameter.requires_grad_(False)
     return body

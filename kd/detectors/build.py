@@ -44,9 +44,10 @@ def build_detector(
 ) -> FCOS | RetinaNet | FasterRCNN:
     """Build a detector on a timm backbone; images are normalised with the backbone's mean and std.
 
-    With pretrained weights, the batch norm of the backbone and its layers up to stride 4 are frozen, as in
-    torchvision. From scratch, batch norm is trained and RetinaNet's towers have group norm, as in torchvision's
-    retinanet_resnet50_fpn_v2. The last three arguments make a student that fits a teacher of other origin.
+    With pretrained weights, the batch norm of the backbone and its layers up to stride 4 are frozen, as in torchvision;
+    in an HRNet these are most. From scratch, batch norm is trained and RetinaNet's towers have group norm, as in
+    torchvision's retinanet_resnet50_fpn_v2. The last three arguments make a student that fits a teacher of other
+    origin.
 
     The bias of FCOS's regression output starts at 2 strides instead of 0: the ReLU behind it would not recover from
     negative outputs at the start.

@@ -142,7 +142,8 @@ class LD(nn.Module):
 
     def regions(self, student, targets: list[dict[str, Tensor]]) -> list[Tensor]:
         """Return for each level the weights of (3), [N, A, H, W], without positives."""
-        boxes, anchors = [target["boxes"] for target in targets], []
+        boxes = [target["boxes"] for target in targets]  # first: without them, nothing is positive either
+        anchors = []
         for level, stride in zip(student.anchors, self.strides, strict=True):
             low, high = level.flatten(2).permute(2, 0, 1).flatten(0, 1).chunk(2, dim=1)  # [HWA, 2] each
             centre, half = (low + high) / 2, ANCHOR_SIZE * stride / 2

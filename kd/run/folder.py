@@ -94,6 +94,22 @@ def started_with(folder: Path) -> dict:
     return read_settings(folder) if (folder / "checkpoint.pt").exists() or is_finished(folder) else {}
 
 
+def teacher_file(folder: Path, settings: dict) -> str | None:
+    """Return the teacher's file of a run; None if it has none.
+
+    Args:
+        folder: of the run.
+        settings: its args.json, or empty.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = settings.get("teacher_weights")
+    if path and not Path(path).is_file():
+        raise ValueError(f"the teacher of {folder} is not at {path}: give its file as --teacher-weights")
+    return path
+
+
 def read_settings(folder: Path) -> dict:
     """Return the args.json of a run.
 

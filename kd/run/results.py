@@ -41,8 +41,9 @@ def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -
         others["inherit"] = inherit_arguments(args)
     for name, other in others.items():
         folder = Path(other.output)
-        if is_finished(folder) and not changes_since(folder, describe(other)):
-            row = {**rows[-1], **read_evaluations(folder)[-1], "name": f"{name} {args.student}"}
+        evaluations = read_evaluations(folder)
+        if evaluations and is_finished(folder) and not changes_since(folder, describe(other)):
+            row = {**rows[-1], **evaluations[-1], "name": f"{name} {args.student}"}
             rows = [*rows[:-1], row, rows[-1]]
     best = best_evaluation(Path(args.output))
     if best["AP"] > rows[-1]["AP"]:

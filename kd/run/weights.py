@@ -24,6 +24,7 @@ from kd.distiller import Distiller
 from kd.methods import METHODS, build_method, needs
 from kd.run.checkpoint import build_saved, load, load_strictly
 from kd.run.contents import check_parts, is_state_dict
+from kd.run.folder import teacher_file
 
 CLASS_HEADS = ("head.classification_head.cls_logits.", "roi_heads.box_predictor.")
 
@@ -150,6 +151,9 @@ def arguments_of(path: str | Path, detector: str) -> dict[str, object]:
     Args:
         path: model.pt of a run, or a state_dict of torchvision.
         detector: of the student.
+
+    Raises:
+        ValueError: the file is of neither kind.
     """
     content = load(path)
     if isinstance(content, dict) and "arguments" in content:
@@ -195,9 +199,7 @@ def load_distiller(
     """
     if settings["method"] == "none":
         raise ValueError(f"{folder} has no method to explain: it was trained with --method none")
-    path = teacher_weights or settings["teacher_weights"]
-    if path and not Path(path).is_file():
-        raise ValueError(f"the teacher of {folder} is not at {path}: give its file as --teacher-weights")
+    path = teacher_file(folder, settings | ({"teacher_weights": teacher_weights} if teacher_weights else {}))
     teacher = load_teacher(path, settings["detector"], settings["teacher"], categories, settings["image_size"])
     channels = student.backbone.out_channels, teacher.backbone.out_channels
     method = build_method(
