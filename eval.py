@@ -96,8 +96,8 @@ def check(args: argparse.Namespace) -> str:
     single = (Path(args.run) / "model.pt").is_file()
     if modes and not single:
         raise ValueError(f"{modes[0]} needs a single run, but there is no {Path(args.run) / 'model.pt'}")
-    several = "a detector of torchvision" if args.run in ZOO else "the table of runs"
-    mode = modes[0] if modes else "the evaluation of a run" if single else several
+    other = "a detector of torchvision" if args.run in ZOO else "the table of runs"
+    mode = modes[0] if modes else "the evaluation of a run" if single else other
     defaults = vars(parse_args([args.run]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in ("device", *FLAGS[mode]):

@@ -55,7 +55,7 @@ TEACHER_SCHEDULE = 4  # times the epochs of its student, for a teacher on the sh
 
 
 def main(args: argparse.Namespace) -> dict:
-    """Train what the shapes need for comparison, then the requested detector; return its evaluation."""
+    """Train the requested detector, on the shapes after what it is compared with; return its evaluation."""
     settle(args)
     output = Path(args.output)
     with locked(output):
@@ -248,7 +248,7 @@ def train_one_epoch(model, loader, optimizer, schedule, scaler, progress, autoca
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-        progress.check(norm)  # raises if a loss or the gradient is not finite
+        progress.end_step(norm)  # logs the losses; raises if one, or the gradient, is not finite
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()  # here, so that the next forward can use the memory
@@ -265,9 +265,9 @@ def term_weights(weight: float | str, ratios: dict[str, float]) -> dict[str, flo
     """Return the factor of each distillation loss.
 
     Args:
-        weight: a number for all; or "auto" or "auto:RATIO", with which they start at AUTO_RATIO or RATIO times the
-            detection losses together, in equal shares.
-        ratios: of each loss to the detection losses, before training. One that is zero is left alone.
+        weight: a number, the factor of every loss; or "auto:RATIO" ("auto": AUTO_RATIO), which makes them equal before
+            training and their sum RATIO times that of the detection losses.
+        ratios: each loss relative to the detection losses, before training. A loss of 0 has the factor 1.
     """
     if isinstance(weight, float):
         return dict.fromkeys(ratios, weight)

@@ -10,7 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from kd.features import DetectorOutput, forward_detector
 
-PATIENCE = 50  # steps in which a distillation loss must have been above zero once
+PATIENCE = 50  # steps; if the first epoch has fewer, a distillation loss may be zero throughout
 
 
 class TrainingError(RuntimeError):
@@ -28,7 +28,7 @@ class Distiller(nn.Module):
         teacher: a trained detector that `kd.detectors.check_pair` accepts; None for plain training.
         method: called as method(student_output, teacher_output, targets), returns weighted scalar losses by name. Its
             `needs` lists the DetectorOutput attributes it reads. None for plain training.
-        warmup: training steps over which the distillation losses grow linearly to their full weight.
+        warmup: forward passes in training over which the distillation losses grow linearly to their full weight.
 
     Attributes:
         weights: factors of distillation losses by name; 1 for those that are not named.
@@ -142,7 +142,7 @@ def check_terms(distiller: Distiller, images: list[Tensor], targets: list[dict[s
 
 @torch.no_grad()
 def measure_ratios(distiller: Distiller, batches: Iterable[tuple[list[Tensor], list[dict]]]) -> dict[str, Tensor]:
-    """Measure how large each distillation loss is beside the detection losses, without weights, warm-up and training.
+    """Measure each distillation loss relative to the detection losses, without weights, warm-up and training.
 
     Works on copies, because a forward in training mode changes the statistics of batch norm.
 

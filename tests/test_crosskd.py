@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from kd.detectors import build_detector
 from kd.features import _finish, forward_detector
-from kd.methods.crosskd import CrossKD, align, crosskd_cls_loss, edge_divergence, log_iou
+from kd.methods.crosskd import CrossKD, align, crosskd_cls_loss, edge_divergence, iou_loss
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "crosskd.pt"
 
@@ -118,7 +118,7 @@ def test_mimic_matches_reference(golden):
     cls = 0.4 * crosskd_cls_loss(inputs["reused_cls"], inputs["teacher_cls"], 1.0) / inputs["avg_factor"]
     weight = inputs["teacher_cls"].sigmoid().amax(dim=1)
     assert_close(cls, case["outputs"]["loss_cls_kd"], rtol=1e-7, atol=0)
-    reg = 0.75 * (weight * log_iou(*boxes)).sum() / inputs["avg_factor"]
+    reg = 0.75 * (weight * iou_loss(*boxes)).sum() / inputs["avg_factor"]
     assert_close(reg, case["outputs"]["loss_reg_kd"], rtol=1e-7, atol=0)
 
 
@@ -178,7 +178,7 @@ def test_hand_computed():
     teacher = torch.tensor([5.0, 11.0], dtype=torch.float64).view(1, 1, 1, 2)
     assert_close(align(student, teacher).flatten().tolist(), [5.0, 11.0], rtol=1e-5, atol=0)
     boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3], [4, 4, 5, 5]], dtype=torch.float64)
-    assert_close(log_iou(boxes[[0, 0]], boxes[1:]).tolist(), [math.log(7), 6 * math.log(10)])
+    assert_close(iou_loss(boxes[[0, 0]], boxes[1:]).tolist(), [math.log(7), 6 * math.log(10)])
     edges = torch.zeros(1, 4, 2, dtype=torch.float64)
     edges[0, 2, 0] = math.log(3)
     assert_close(edge_divergence(torch.zeros_like(edges), edges).item(), (0.75 * math.log(3) - math.log(2)) / 4)

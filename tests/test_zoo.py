@@ -181,7 +181,7 @@ def test_a_student_fits_its_teacher(name, expected):
         check_pair(build(), teacher, heads)
     student = build(**expected)
     check_pair(student, teacher, heads)
-    assert fitting_arguments(student, ZOO[name]) == expected and student.plain_torchvision
+    assert fitting_arguments(student, ZOO[name]) == expected
     left = inherit(student, teacher)
     if name.startswith("fasterrcnn"):  # other heads; batch norm of the pyramid is folded
         assert {part.split(".")[0] for part in left} == {"backbone", "rpn", "roi_heads"}
@@ -203,7 +203,7 @@ def test_a_student_fits_its_teacher(name, expected):
 def test_exact_anchors(detector):
     """By hand: side, ratio and centre of the anchors at one position; they script like torchvision's."""
     model = build_detector(detector, "test_resnet", 3, image_size=(64, 96), anchors="mmdet")
-    assert not model.plain_torchvision and fitting_arguments(model, detector)["anchors"] == "mmdet"
+    assert fitting_arguments(model, detector)["anchors"] == "mmdet"
     generator = make_anchors(detector, "mmdet")
     stride = generator.strides[1]
     sizes = [(5, 7), (3, 4), (2, 2), (1, 1), (1, 1)]  # the image is no multiple of the stride
@@ -265,7 +265,7 @@ def test_one_flag(published, coco_folder, tmp_path, monkeypatch, capsys):
         assert_close(new, old[:, :, [0, 1]])
 
     student, content = load_model(run / "model.pt")
-    assert content["arguments"]["anchors"] == "torchvision" and student.plain_torchvision
+    assert content["arguments"]["anchors"] == "torchvision"
     head = RetinaNetHead(256, 9, 2, norm_layer=partial(torch.nn.GroupNorm, 32))
     sizes = {"min_size": 64, "max_size": 96, "detections_per_img": 100}
     plain = RetinaNet(copy.deepcopy(student.backbone), 2, head=head, **sizes).eval()

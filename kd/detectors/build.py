@@ -67,8 +67,8 @@ def build_detector(
         giou: train RetinaNet's boxes with GIoU instead of L1, as torchvision's retinanet_resnet50_fpn_v2.
 
     Returns:
-        The detector. But for GFL, its state_dict loads into torchvision's own class. Its attribute `plain_torchvision`
-        is True if that class detects the same, and False for GFL and with "mmdet", whose anchors torchvision lacks.
+        The detector. Except for GFL, its state_dict loads into torchvision's own class, which then detects the same
+        unless anchors are "mmdet", which torchvision lacks.
 
     Raises:
         ValueError: unknown detector, backbone or anchors, weights that cannot be loaded, or an invalid size.
@@ -110,5 +110,4 @@ def build_detector(
     else:
         proposals = SMALL_PROPOSALS if anchors == "half" else {}
         model = FasterRCNN(body_and_fpn, rpn_anchor_generator=generator, **proposals, **options)
-    model.plain_torchvision = detector != "gfl" and anchors != "mmdet"
     return model

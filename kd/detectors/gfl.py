@@ -4,15 +4,16 @@ Two things differ from FCOS. A class score is trained to be the IoU of its box w
 centre-ness. Each edge of a box is not a number but a distribution over distances of 0, 1, ..., 16 strides from the
 position, whose mean is the distance. With class logits z, and the distribution p(i) of an edge at a positive position:
 
-    classification = 1/P sum_positions,classes |q - sigmoid(z)|^2 BCE(z, q)                                          (1)
+    classification = 1/N_pos sum_positions,classes |q - sigmoid(z)|^2 BCE(z, q)                                      (1)
     bbox_regression = 2/W sum_positives w (1 - GIoU)                                                                 (2)
     edge_distribution = 1/(4 W) sum_positives w mean_edges [-(1 - f) log p(i) - f log p(i + 1)]                      (3)
 
 q is the IoU at the class of the assigned box and 0 elsewhere, and i + f, with f in 0..1, the true distance in strides.
-w is the largest class probability of the position, W = max(1, sum w), and P counts the positives, at least 1 an image.
-q and w are constants. Positives are assigned by ATSS (Zhang et al., CVPR 2020, arXiv 1912.02424), see `atss`.
+w is the largest class probability of the position, W = max(1, sum w), and N_pos counts the positives, at least 1 an
+image. q and w are constants, 2 and 1/4 the authors' loss weights. Positives are assigned by ATSS (Zhang et al., CVPR
+2020, arXiv 1912.02424), see `atss`.
 
-P and W are those of one process; the authors average them over processes. Positions in the padding of a batch are
+N_pos and W are those of one process; the authors average them over processes. Positions in the padding of a batch are
 negatives, as in torchvision; the authors leave them out.
 """
 
@@ -66,7 +67,7 @@ class GFL(FCOS):
         self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """Return detections as FCOS does, scored by the class probability alone."""
-        # FCOS scores by sqrt(sigmoid(cls_logits) * sigmoid(bbox_ctrness)).
+        # FCOS's sqrt(sigmoid(cls_logits) * sigmoid(bbox_ctrness)) is the class probability where both logits are equal.
         head_outputs = {**head_outputs, "bbox_ctrness": head_outputs["cls_logits"]}
         return super().postprocess_detections(head_outputs, anchors, image_shapes)
 

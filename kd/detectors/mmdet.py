@@ -1,9 +1,9 @@
 """Checkpoints of mmdetection's zoo (v2.0) as torchvision's detectors, converted in memory.
 
 RetinaNet, Faster R-CNN, FCOS and GFL on ResNet-50, ResNet-101 and ResNeXt-101 (64x4d) detect here what they detect in
-mmdetection, given the same resized image. Scores of FCOS are the square roots, and rank its candidates, as in
-torchvision. Other than in our own detectors are anchors (`kd.detectors.anchors.ExactAnchors`), P6 and P7, RoIAlign,
-FCOS's regression and centre-ness, and strides, mean and std of ResNets from Caffe.
+mmdetection, given the same resized image. FCOS's scores, by which its candidates are ranked too, are
+sqrt(class * centre-ness) as in torchvision. Our own detectors have other anchors (`kd.detectors.anchors.ExactAnchors`),
+P6 and P7, RoIAlign, FCOS regression and centre-ness; ResNets from Caffe also have other strides, mean and std.
 """
 
 import re

@@ -76,11 +76,11 @@ def check_pair(student: nn.Module, teacher: nn.Module, needs: Collection[str]) -
 
 
 def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Initialise the student's FPN and heads from the teacher wherever they agree; return what was left out.
+    """Copy the teacher's FPN and heads to the student wherever they agree; return the names of what was left out.
 
-    The body of the backbone is never inherited. Lateral convolutions of the FPN are left out where the channels of the
-    backbones differ, parts that are built otherwise in the teacher, and the scores of classes that it does not know;
-    batch norm of its FPN is folded. PGD, FGD and others report results of students that start this way.
+    Left out are the body of the backbone, which is not named, lateral convolutions between other numbers of channels,
+    parts that are built otherwise in the teacher, and the scores of classes that it does not know. Batch norm of its
+    FPN is folded into the convolutions. PGD, FGD and others report results of students that start this way.
     """
     ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
     theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.")}

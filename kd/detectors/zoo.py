@@ -85,5 +85,5 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network, wrong hash, other objects
         raise ValueError(
-            f"cannot load the weights of {name}: {str(error).splitlines()[0]}. Lay {weights.url} into {path.parent}"
+            f"cannot load the weights of {name}: {str(error).splitlines()[0]}. Download {weights.url} to {path.parent}"
         ) from error

@@ -1,8 +1,9 @@
 """The distillation methods by name. Each file is self-contained; this is the only place that lists them.
 
 A method is a module called as method(student, teacher, targets). It returns its weighted losses by name. `needs` lists
-the DetectorOutput attributes it reads, `warmup` is the number of training steps over which its losses grow to full
-weight, and `maps`, called with the same arguments, returns where it looks, for `eval.py --explain`.
+the DetectorOutput attributes it reads. `warmup` is the number of training steps over which its losses grow to full
+weight, which train.py limits to a tenth of the run. `maps`, called with the same arguments, returns where it looks, for
+`eval.py --explain`. With --inherit, convolutions with bias whose name contains "adapter" begin as the identity.
 """
 
 import ast

@@ -58,7 +58,7 @@ def crosskd_cls_loss(cross_logits: Tensor, teacher_logits: Tensor, beta: float) 
     return ((cross_logits.sigmoid() - target).abs() ** beta * loss).sum()  # (2)
 
 
-def log_iou(boxes: Tensor, others: Tensor) -> Tensor:
+def iou_loss(boxes: Tensor, others: Tensor) -> Tensor:
     """Return -log IoU, [...], of boxes [..., 4] with the others, pair by pair; an IoU below 1e-6 counts as that."""
     low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
     intersection = (high - low).clamp(min=0).prod(dim=-1)
@@ -182,7 +182,7 @@ class CrossKD(nn.Module):
             raise ValueError(f"the teacher predicts {tuple(predicted.shape)}, its finish_reg {tuple(cross.shape)}")
         if self.detector == "gfl":
             return edge_divergence(*(x.permute(0, 1, 4, 5, 2, 3) for x in (cross, predicted)))
-        distance = log_iou if self.detector == "fcos" else generalized_box_iou_loss
+        distance = iou_loss if self.detector == "fcos" else generalized_box_iou_loss
         return distance(cross.movedim(2, -1), predicted.movedim(2, -1))
 
     def maps(self, student, teacher, targets) -> dict[str, list[Tensor]]:

@@ -1,9 +1,9 @@
 """DRKD: "Dual Relation Knowledge Distillation for Object Detection", IJCAI 2023, https://arxiv.org/abs/2302.05637.
 
-Compared position by position, background dominates the feature maps, small objects hardly count, and relations between
-the parts of an image are lost. DRKD relates features before it compares them: the positions of a level by a graph
-reasoning unit (GloRe), which projects them to d nodes and back, the objects of an image, pooled to 3x3, by attention to
-each other, so that small ones profit from large ones. A third term imitates the pooled objects directly.
+Compared position by position, features are dominated by background, small objects hardly count, and relations between
+the parts of an image are lost. DRKD relates features before it compares them. A graph reasoning unit (GloRe) relates
+the positions of a level by projecting them to d nodes and back. Attention relates the objects of an image, pooled to
+3x3, so that small ones profit from large ones. A third term imitates the pooled objects directly.
 
     pixel_unit(x) = x + norm(W_5 Z B)        B = W_1 x    V = (W_2 x) B^T    Z = W_4 relu(V + V W_3)                (1)
     instance_unit(s) = s + W_7 P (W_6 s)     P = softmax_j(theta(s) phi(s)^T * softmax_j(filter(s)))                (2)
@@ -18,7 +18,7 @@ Where:
     || . || is the root of a sum of squares, neither squared nor averaged, over the images of this process: (3) grows
     with the root of their number, (4) and (5) with their number and with the root of the objects in each.
     Units (the teacher's too) and adapters (1x1 convolutions) are trained with the student and dropped afterwards. Only
-    (5) has a fixed target; in (3) and (4) both sides could agree on less.
+    (5) has a fixed target: (3) and (4) also fall where both units discard what differs.
 
 Reference code: https://github.com/nizhenliang/Dual-Relation-Knowledge-Distillation at 78ea05b (two_stage.py, GloRe.py).
 1. The paper has a mean of squares in (3) and compares the matrices P in (4). The published weights belong to the code,
@@ -92,14 +92,14 @@ class InstanceUnit(nn.Module):
         self.extend = nn.Linear(size // 2, size)  # W_7
 
     def matrices(self, instances: list[Tensor]) -> list[Tensor]:
-        """Return P [n, n] of each image, for its objects [n, C, 3, 3], n <= MAX_RELATED; rows sum to 1."""
+        """Return P [M, M] of each image, for its objects [M, C, 3, 3], M <= MAX_RELATED; rows sum to 1."""
         counts = [len(s) for s in instances]
         s = torch.cat(instances).flatten(1)
         parts = zip(*(layer(s).split(counts) for layer in (self.theta, self.phi, self.filter)))
         return [(theta @ phi.T * f[:, : len(theta)].softmax(dim=1)).softmax(dim=1) for theta, phi, f in parts]
 
     def forward(self, instances: list[Tensor]) -> list[Tensor]:
-        """Return [n, C, 3, 3] of each image, for its objects [n, C, 3, 3]."""
+        """Return [M, C, 3, 3] of each image, for its objects [M, C, 3, 3]."""
         counts = [len(s) for s in instances]
         values = self.g(torch.cat(instances).flatten(1)).split(counts)
         gathered = self.extend(torch.cat([P @ g for P, g in zip(self.matrices(instances), values)])).split(counts)

@@ -20,7 +20,7 @@ Where:
     In units of the stride, a box covers the positions from the floor of its left and top edge to the ceiling of its
     right and bottom edge, both included; w_b and h_b are their differences. #background_n counts positions of image n.
     N is the number of images of this process. Channels and positions are summed, not averaged.
-    Context blocks, the teacher's too, are trained along and dropped afterwards. Both sides of (7) could agree on less.
+    Context blocks, the teacher's too, are trained and then dropped; (7) also falls where both discard what differs.
 
 Reference code: https://github.com/yzd-v/FGD at c03a6cf (mmdet/distillation/losses/fgd.py, configs/distillers/fgd). Its
 weights are called alpha, beta, gamma and lambda; its students inherit neck and heads (--inherit). It scales boxes to

@@ -13,7 +13,7 @@ Where:
     R_l = sum_{n,p} richness_l, one number per level for the whole batch (of this process, with several GPUs). Channels,
     anchors and classes are summed, not averaged.
     adapter_l is a 3x3 convolution on the student's side.
-    On Faster R-CNN, features and logits are those of the RPN.
+    On Faster R-CNN, the logits are the RPN's objectness.
 
 Reference code: https://github.com/duzhixing/FRS at decd60c (distill_frs_single.py, distill_frs_two.py, neck/adap.py),
 which agrees with the paper. Two differences in form: the cross-entropy is computed from logits, which is stable and

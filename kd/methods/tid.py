@@ -16,9 +16,9 @@ student is behind, as key areas where it is not.
 
 Where:
     IoU is the largest overlap of the predicted box with a ground-truth box of the image, which is the matched one.
-    Anchors would be the same for both networks. A box that overlaps none has a wrong class.
+    Anchors would not do: they are the same for both networks. A box that overlaps none has a wrong class.
     The class is the arg-max over cls_logits. An RPN, with a single class, is right where its probability is >= 0.5.
-    A score of 3 means the right class and a score_r of 1.5 or 2: the errors of the teacher are not emphasised.
+    A score >= 3 means the right class and a score_r of 1.5 or 2: the errors of the teacher are not emphasised.
     area is key, weak or rest (all else). #area_l counts its positions in all images of this process, at least 1.
     An image without ground truth is all rest.
 

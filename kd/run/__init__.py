@@ -1,6 +1,6 @@
 """What a training run needs around its loop: arguments, folder, checkpoints, processes and signals.
 
-Nothing here knows what distillation computes.
+The losses are computed in kd/distiller.py and kd/methods/.
 
 Interruption: Ctrl-C and SIGTERM finish the step, save a checkpoint and print the command that continues. A killed run
 continues with --resume from its last checkpoint, at most ten minutes old; --resume auto also starts a run that does not

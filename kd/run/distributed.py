@@ -56,7 +56,7 @@ def barrier() -> None:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Copy buffers of process 0 to the others; in training, each has its own batch norm statistics."""
+    """Copy buffers of process 0 to the others. DDP does so before each forward, so only the last update differs."""
     if world_size() > 1:
         for buffer in module.buffers():
             distributed.broadcast(buffer, src=0)

@@ -34,9 +34,8 @@ from kd.methods import METHODS, describe_method
 from kd.run.speed import AMP
 
 AUTO = """\
---distill-weight auto measures on ten batches before training how large each distillation loss is beside the detection
-losses, and gives each a factor, kept in args.json, with which all start equal and together as large as the detection
-losses; auto:0.5 half as large.
+--distill-weight auto measures each distillation loss on ten batches before training and gives it a factor, kept in
+args.json: all losses start equal, and their sum starts at that of the detection losses, with auto:0.5 at half of it.
 """
 
 LAYOUTS = """
@@ -81,7 +80,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--train-images", metavar="FOLDER", help="instead of the one in --data")
     add("--train-annotations", metavar="FILE", help="COCO's .json, CrowdHuman's .odgt or VOC's list .txt")
     add("--val-images", metavar="FOLDER", help="instead of the one in --data")
-    add("--val-annotations", metavar="FILE", help="the same")
+    add("--val-annotations", metavar="FILE", help="as --train-annotations")
     add("--image-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="in pixels; default: 800 1333, shapes 64 64")
     add("--skip-bad-images", action="store_true", help="train without images that are missing or damaged")
     add("--multi-scale", type=int, nargs=2, metavar=("LOW", "HIGH"), help="range of the random short side in training")
@@ -90,7 +89,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=int, metavar="N", help="passes over the training set; default: 12, shapes 1")
-    add("--max-iterations", type=int, metavar="N", help="stop after this many steps, then evaluate and save")
+    add("--max-iterations", type=int, metavar="N", help="shorten the run, with its schedule, to this many steps")
     add("--batch-size", type=int, metavar="N", help="images that a process has in memory; default: 2, shapes 8")
     add("--accumulate", type=int, default=1, metavar="N", help="batches of a process per step (default: 1)")
     add("--optimizer", choices=("sgd", "adamw"), help="sgd, with step decay, or adamw, with one cycle (shapes)")

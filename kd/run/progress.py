@@ -154,7 +154,7 @@ class Progress:
         self.step_losses.append({name: loss.detach() for name, loss in {**detection, **distillation}.items()})
         self.terms = list(distillation)
 
-    def check(self, norm: Tensor) -> None:
+    def end_step(self, norm: Tensor) -> None:
         """Add the losses of the step, averaged over its batches and processes, to those of the epoch.
 
         Call it before the optimizer step. With fp16, a gradient that is not finite is left to the scaler, which skips
