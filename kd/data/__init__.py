@@ -15,7 +15,7 @@ from kd.data.folder import CocoFolder
 from kd.data.images import open_image
 from kd.data.layouts import annotation_files, find_layout
 from kd.data.shapes import Shapes
-from kd.data.transforms import augmentation
+from kd.data.transforms import augmentation, draw_scales
 
 SHAPES_TRAIN, SHAPES_VAL = 800, 200  # pictures of the built-in data set
 
@@ -79,6 +79,7 @@ __all__ = [
     "check_same_classes",
     "class_names",
     "collate",
+    "draw_scales",
     "find_layout",
     "group_batches",
     "open_dataset",

@@ -13,7 +13,7 @@ def group_batches(indices: list[int], aspect_ratios: np.ndarray, batch_size: int
     """Divide indices into batches of similar aspect ratio, which need less padding.
 
     Their number does not depend on the ratios, so all processes have the same: images that are left in their group form
-    the last batches together. Images that do not fill a batch are dropped.
+    the last batches together. The last indices are dropped if they do not fill a batch, whatever their ratios.
 
     Args:
         indices: of a data set, in random order.
@@ -22,6 +22,7 @@ def group_batches(indices: list[int], aspect_ratios: np.ndarray, batch_size: int
         factor: number of groups between ratios 1/2 and 1, and between 1 and 2, as in torchvision's references; 0 for a
             single group.
     """
+    indices = indices[: len(indices) // batch_size * batch_size]
     edges = 2 ** np.linspace(-1, 1, 2 * factor + 1) if factor else []
     waiting, batches = {}, []
     for index, group in zip(indices, np.digitize(aspect_ratios[indices], edges).tolist()):
@@ -30,5 +31,4 @@ def group_batches(indices: list[int], aspect_ratios: np.ndarray, batch_size: int
         if len(batch) == batch_size:
             batches.append(waiting.pop(group))
     rest = [index for group in sorted(waiting) for index in waiting[group]]
-    rest = rest[: len(indices) // batch_size * batch_size - batch_size * len(batches)]
     return batches + [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -12,6 +13,33 @@ def augmentation(train: bool) -> v2.Compose:
     return v2.Compose(
         [*flip, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
     )
+
+
+def draw_scales(transform: nn.Module, low: int, high: int, aspect_ratios: np.ndarray) -> str:
+    """Make a detector's transform draw the short side of each training image; evaluation keeps its own.
+
+    Args:
+        transform: torchvision's, with a single short side, and a long side that limits every draw.
+        low: lowest short side, in pixels.
+        high: highest.
+        aspect_ratios: width / height of each training image.
+
+    Returns:
+        One line that says how many draws the long side limits.
+
+    Raises:
+        ValueError: it limits all of them.
+    """
+    (short,), longest = transform.min_size, transform.max_size
+    sides = np.arange(low, high + 1)
+    limited = np.mean(sides[:, None] * np.maximum(aspect_ratios, 1 / aspect_ratios) > longest)
+    if limited == 1:
+        raise ValueError(
+            f"--multi-scale {low} {high} has no effect, because --image-size limits the long side to {longest} pixels: "
+            "give it a larger second number"
+        )
+    transform.min_size = (*(int(side) for side in sides if side != short), short)  # evaluation takes the last
+    return f"short sides of {low} to {high} pixels in training; the long side {longest} limits {limited:.0%} of them"
 
 
 def apply_seeded(transforms, image, target: dict, seed: int, epoch: int, index: int) -> tuple:
