@@ -20,20 +20,21 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data import check_same_classes, open_dataset, summarize
+from kd.data import check_same_classes, draw_scales, open_dataset, summarize
 from kd.detectors import ZOO, build_detector, check_pair, fitting_arguments, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.evaluation import evaluate, format_metrics
 from kd.methods import build_method
 from kd.run.arguments import plain_arguments, settle
 from kd.run.checkpoint import save_model
-from kd.run.distributed import barrier, init_distributed, mean_over_processes, rank, say, share_buffers, world_size
+from kd.run.distributed import init_distributed, mean_over_processes, rank, say, share_buffers, world_size
 from kd.run.errors import one_line_errors
 from kd.run.files import locked
 from kd.run.folder import (
     append_log,
     best_evaluation,
     check_same_run,
+    check_start,
     describe,
     is_finished,
     open_folder,
@@ -106,6 +107,8 @@ def train(args: argparse.Namespace) -> dict:
     val_set = open_dataset(args.val_images, args.val_annotations, size, False, args.seed, skip)
     check_same_classes(train_set, val_set)
     say(summarize(train_set, val_set))
+    args.images = [len(train_set), len(val_set)]  # recorded in args.json
+    check_start(output, args.images)
     images_per_step = args.batch_size * args.accumulate * world_size()
     steps_per_epoch = len(train_set) // images_per_step
     if steps_per_epoch == 0:
@@ -136,9 +139,8 @@ def train(args: argparse.Namespace) -> dict:
     }
     if args.student_weights:
         arguments |= arguments_of(args.student_weights, args.detector)
-    fitting = fitting_arguments(teacher, args.detector) if teacher else {}
-    arguments |= fitting
-    if fitting:
+    if fitting := fitting_arguments(teacher, args.detector) if teacher else {}:
+        arguments |= fitting
         say(f"the student takes from its teacher: {', '.join(f'{name} {value}' for name, value in fitting.items())}")
     student = build_detector(**arguments, pretrained=args.pretrained)
     if args.student_weights:
@@ -146,8 +148,7 @@ def train(args: argparse.Namespace) -> dict:
         say(f"started from {args.student_weights}, except: {', '.join(left) or 'nothing'}")
     student = student.to(device, memory_format=torch.channels_last)
     if args.multi_scale:
-        others = (side for side in range(args.multi_scale[0], args.multi_scale[1] + 1) if side != size[0])
-        student.transform.min_size = (*others, size[0])  # training draws one of them, evaluation takes the last
+        say(draw_scales(student.transform, *args.multi_scale, train_set.aspect_ratios))
 
     # distiller
     method, warmup = None, 0
@@ -220,13 +221,12 @@ def train(args: argparse.Namespace) -> dict:
         if rank() == 0:
             append_log(output, line)
         progress.next_epoch()
-    progress.signal.release()
 
     # results
     if rank() == 0:
         save_model(student, arguments, val_set.categories, output / "model.pt")
         print_results(args, [*results, result(f"{label} {args.student}", metrics, student)], iterations)
-    barrier()  # the files exist before another process looks for them
+    progress.end()  # the files exist before another process looks for them
     return metrics
 
 

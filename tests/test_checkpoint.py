@@ -124,6 +124,15 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, weights, name):
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
+def test_a_teacher_sees_images_of_the_students_size(tmp_path, weights):
+    """Its AP before training is that of what it teaches, whatever size it was trained at."""
+    names = {1: {"name": "thing"}, 2: {"name": "other"}, 3: {"name": "more"}}
+    content = {"model": weights, "arguments": ARGUMENTS, "categories": names}
+    torch.save(content, tmp_path / "model.pt")
+    teacher = load_teacher(tmp_path / "model.pt", ARGUMENTS["detector"], ARGUMENTS["backbone"], names, (96, 160))
+    assert teacher.transform([torch.rand(3, 120, 160)])[0].image_sizes == [(96, 128)]
+
+
 @pytest.mark.parametrize("content", [7, torch.zeros(3), {1: torch.zeros(3)}, None, [], {}, {"other": 1}], ids=str)
 def test_files_of_something_else_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")

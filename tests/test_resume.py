@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import kd.data
+import kd.run.folder
 import kd.run.progress
 import train
 from kd.run.checkpoint import save
@@ -131,6 +132,36 @@ def test_stopped_and_resumed(start, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"continuing {parts} after {state['step']} steps of epoch {state['epoch'] + 1}" in result.stdout
     assert_same_run(whole, parts)
+
+
+def test_stopped_during_the_last_evaluation(tmp_path, monkeypatch):
+    """The teacher is finished and kept, but nothing else is started."""
+    evaluate = train.evaluate
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(*DISTIL, "--output", tmp_path / "x")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["teacher-fcos-test_resnet"]
+    assert (tmp_path / "teacher-fcos-test_resnet" / "model.pt").exists()
+
+
+def test_other_data_or_processes(tmp_path, monkeypatch):
+    """A run continues with as many images as it began with, and in all processes."""
+    (tmp_path / "checkpoint.pt").touch()
+    settings = {"images": [8, 4], **dict.fromkeys(kd.run.folder.ALWAYS)}
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    kd.run.folder.check_start(tmp_path, [8, 4])
+    with pytest.raises(ValueError, match="8 training and 4 validation images, and there are 7 and 4: restore"):
+        kd.run.folder.check_start(tmp_path, [7, 4])
+    for other in (["new", 8, 4], ["continues", 7, 4]):
+        monkeypatch.setattr(kd.run.folder, "gather", lambda value, other=other: [value, other])
+        with pytest.raises(ValueError, match="processes differ .* on a file system that they share"):
+            kd.run.folder.check_start(tmp_path, [8, 4])
 
 
 def test_a_second_signal_ends_the_process():

@@ -26,7 +26,7 @@ import torchvision
 
 from kd.data import annotation_files
 from kd.evaluation import SCORER
-from kd.run.distributed import rank, say, world_size
+from kd.run.distributed import gather, rank, say, world_size
 from kd.run.files import write_text
 
 # Arguments that may differ when a run is continued: they change where and when, not what is computed. Files are
@@ -35,7 +35,7 @@ PATHS = (
     *("output", "teacher_weights", "student_weights", "pretrained"),
     *("data", "train_images", "train_annotations", "val_images", "val_annotations"),
 )
-FREE = {*PATHS, "device", "workers", "resume", "not_inherited", "term_weights"}
+FREE = {*PATHS, "device", "workers", "resume", "images", "not_inherited", "term_weights"}
 
 # Arguments that the tables need.
 ALWAYS = {
@@ -64,6 +64,31 @@ def check_folder(folder: Path, resume: str | None) -> None:
         raise ValueError(f"nothing to resume: the run in {folder} is finished")
     if resume == "required" and not started:
         raise ValueError(f"nothing to resume: {folder / 'checkpoint.pt'} does not exist")
+
+
+def check_start(folder: Path, images: list[int]) -> None:
+    """Check that all processes start alike, and that a run continues with as many images as it began with.
+
+    Args:
+        folder: of the run.
+        images: numbers of training and validation images that can be read.
+
+    Raises:
+        ValueError: they do not; without this, processes would train different models.
+    """
+    settings = started_with(folder)
+    starts = gather(["continues" if settings else "new", *images])
+    if any(start != starts[0] for start in starts):
+        raise ValueError(
+            f"processes differ in whether the run is new, or in their training and validation images: {starts}. All "
+            f"machines must see the same data, and {folder} on a file system that they share"
+        )
+    before = settings.get("images", images)
+    if before != images:
+        raise ValueError(
+            f"{folder} was started with {before[0]} training and {before[1]} validation images, and there are "
+            f"{images[0]} and {images[1]}: restore the images, or use another --output"
+        )
 
 
 def is_finished(folder: Path) -> bool:

@@ -203,6 +203,14 @@ class Progress:
         barrier()
         sys.exit(128 + (self.signal.number or signal.SIGTERM))
 
+    def end(self) -> None:
+        """Wait for all processes, restore the signal handlers, and stop here if a signal came after the last step."""
+        numbers = gather(self.signal.number)
+        self.signal.release()
+        if any(numbers):
+            say(f"stopped: {self.folder} is finished, what was to follow is not done")
+            sys.exit(128 + max(numbers))
+
     def summary(self) -> dict:
         """Return the log line of the epoch: losses averaged over its steps, and its speed.
 

@@ -46,7 +46,7 @@ def load_teacher(
         name: a key of ZOO, or a backbone, by a short name or timm's; must agree with the file.
         categories: COCO category of each label of the data. A state_dict has no names: without a name of ZOO, it must
             have the same labels.
-        image_size: (short side, long side) in pixels, for files that do not contain it.
+        image_size: (short side, long side) in pixels that images are resized to, also where the file has another size.
         method: that it serves; with None or "none", it may lack any of the classes.
 
     Returns:
@@ -66,6 +66,7 @@ def load_teacher(
         return load_torchvision(path, detector, name, max(categories) + 1, image_size)
     else:
         teacher, known = build_saved(content, path), class_names(content["categories"])
+        teacher.transform.min_size, teacher.transform.max_size = (image_size[0],), image_size[1]
         check_backbone(content["arguments"]["backbone"], name, path)
     missing = match_classes(teacher, known, class_names(categories))
     if missing and method in METHODS and set(needs(method)) - FEATURES:
