@@ -114,7 +114,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     detector, settings, dataset = open_run(args)
     options = {"batch_size": settings["batch_size"], "workers": args.workers, "name": folder.name}
     metrics, detections = evaluate(detector.to(device), dataset, device, **options)
-    print(format_evaluation(metrics))
+    print(dataset.summary, format_evaluation(metrics), sep="\n")
     draw_samples(dataset, {folder.name: detections}, args.score_threshold).save(folder / "samples.png")
 
 

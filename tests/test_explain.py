@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch.testing import assert_close
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -186,9 +186,11 @@ def test_by_id_and_by_file(runs, capsys):
 
     with Image.open(known) as image:
         image.save(runs / "unknown.png")
-        image.resize((80, 48)).save(runs / "shapes-2.png")
+        ImageChops.invert(image).save(runs / "shapes-2.png")  # another picture of that name and size
     explain(runs, "l2", str(runs / "unknown.png"), str(runs / "shapes-2.png"))
     assert read(runs / "l2" / "explain-unknown.png").shape[1] == 3 * LINE + TILE + GAP
+    shown = read(runs / "l2" / "explain-shapes-2.png")
+    assert not torch.equal(shown[:, LINE:], read(runs / "l2" / "explain-unknown.png")[:, LINE:])
     with pytest.raises(
         ValueError, match="method pgd, image unknown.png: the method needs ground-truth boxes, which are unknown"
     ):

@@ -1,6 +1,7 @@
 """eval.py --predict: pictures and COCO results of image files without annotations."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.parameter = nn.Parameter(torch.zeros(1))
         self.seen = []
+        self.transform = SimpleNamespace(max_size=320)
 
     def forward(self, images):
         self.seen += images
@@ -109,15 +111,17 @@ def test_files_that_are_not_images(tmp_path):
     (tmp_path / "in" / "cut.jpg").write_bytes((tmp_path / "in" / "good.jpg").read_bytes()[:700])
     (tmp_path / "in" / "notes.txt").write_text("no image")
     save_image(tmp_path / "in" / "page.eps")
+    save_image(tmp_path / "in" / "rule.png", size=(700, 2))  # 320 pixels wide, less than one would be left in height
     line = predict(Fixed(), CATEGORIES, [str(tmp_path / "in")], tmp_path / "out")
     assert line.startswith("1 images, 2 detections, 1 drawn")
-    assert "skipped 3 files, the first: " in line and "cut.jpg is not an image that can be read: " in line
+    assert "skipped 4 files, the first: " in line and "cut.jpg is not an image that can be read: " in line
 
     def error(*names: str, match: str) -> None:
         with pytest.raises(ValueError, match=match):
             predict(Fixed(), CATEGORIES, [str(tmp_path / name) for name in names], tmp_path / "out")
 
     error("in/good.jpg", "in/notes.txt", match=r"notes.txt is not an image that can be read: cannot identify")
+    error("in/rule.png", match=r"rule.png: 700x2 pixels are too narrow for a detector whose long side is 320")
     error("absent.jpg", match=r"absent.jpg is neither a file nor a folder")
     (tmp_path / "empty").mkdir()
     error("empty", match="empty holds no file")

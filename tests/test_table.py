@@ -64,6 +64,17 @@ def test_rows(runs):
     assert [row["teacher"] for row in rows] == ["", "", "0.465", *[""] * 6, "0.500 not above"]
 
 
+def test_a_run_that_has_not_finished(tmp_path):
+    """After 6 of 12 epochs it is no second seed of a run of 6."""
+    for seed, epochs in ((0, 6), (1, 12)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps({**ARGS, "method": "none", "seed": seed, "epochs": epochs}))
+        (folder / "log.jsonl").write_text(json.dumps({"epoch": 6, "iteration": 600, "AP": 0.3, "AP50": 0.5}) + "\n")
+    rows = [dict(zip(COLUMNS, row)) for row in compare(collect(tmp_path))]
+    assert sorted(row["seed: AP"] for row in rows) == ["0: 0.300", "1: 0.300"]
+
+
 def test_formats(runs):
     """What all rows share is above the table, empty columns are left out; the others are aligned, or Markdown."""
     rows = compare(collect(runs))

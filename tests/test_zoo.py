@@ -107,7 +107,7 @@ def test_fetching(published, tmp_path):
 def test_a_damaged_file_is_refused(published, tmp_path):
     """When it is downloaded and when it is there already."""
     kept = published(b"damaged", hashed=b"whole")
-    with pytest.raises(ValueError, match=f"invalid hash value.*Lay file://.*{kept.name} into {kept.parent}"):
+    with pytest.raises(ValueError, match=f"invalid hash value.*Download file://.*{kept.name} to {kept.parent}"):
         fetch_weights(NAME)
     assert not kept.exists()
     kept.write_bytes(b"damaged")
@@ -118,7 +118,7 @@ def test_a_damaged_file_is_refused(published, tmp_path):
 def test_without_network_the_error_says_where_the_file_belongs(published, tmp_path):
     kept = published(b"")
     (tmp_path / "web" / kept.name).unlink()
-    with pytest.raises(ValueError, match=f"cannot load the weights of {NAME}: .*Lay file://.* into {kept.parent}$"):
+    with pytest.raises(ValueError, match=f"cannot load the weights of {NAME}: .*Download file://.* to {kept.parent}$"):
         fetch_weights(NAME)
 
 
@@ -189,9 +189,10 @@ def test_a_student_fits_its_teacher(name, expected):
         for ours, theirs in zip(student.backbone.fpn.layer_blocks, teacher.backbone.fpn.layer_blocks):
             assert_close(ours(features), theirs(features))
         return
-    # other widths of the body's maps, and P6 from another map
-    layers = (*(f"inner_blocks.{level}.0" for level in range(3)), "extra_blocks.p6")
-    assert left == [f"backbone.fpn.{layer}.weight" for layer in layers]
+    # other widths of the body's maps; P6 is computed from another map, and P7 from P6
+    coarse = [f"extra_blocks.{level}.{kind}" for level in ("p6", "p7") for kind in ("weight", "bias")]
+    laterals = [f"inner_blocks.{level}.0.weight" for level in range(3)]
+    assert left == [f"backbone.fpn.{name}" for name in (*laterals, *coarse)]
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     images = ImageList(torch.randn(1, 3, 64, 96), [(64, 96)])
     losses = forward_detector(student, images, [target])[1]
@@ -256,7 +257,7 @@ def test_one_flag(published, coco_folder, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"teacher {name} from torchvision: AP" in printed
     assert "the student takes from its teacher: anchors torchvision, tower_norm True, giou True\n" in printed
-    assert "except: backbone.fpn.inner_blocks.0.0.weight" in printed and "extra_blocks.p6.weight\n" in printed
+    assert "except: backbone.fpn.inner_blocks.0.0.weight" in printed and "extra_blocks.p7.bias\n" in printed
 
     teacher = load_teacher(None, "retinanet", name, {1: {"name": "person"}}, (64, 96), "frs")
     images = ImageList(torch.randn(1, 3, 64, 96), [(64, 96)])

@@ -12,12 +12,13 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from kd.detectors.anchors import ExactAnchors
 from kd.detectors.classes import NEVER, num_classes
 from kd.detectors.gfl import GFL
+from kd.detectors.mmdet import LinearP6P7
 
 FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that know neither classes nor boxes
 
 # Tensors that are inherited together or not at all, if the teacher names others there: a predictor is of no use behind
 # another head.
-PARTS = re.compile(r"backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
+PARTS = re.compile(r"backbone\.fpn\.extra_blocks|backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
 
 
 def fitting_arguments(teacher: nn.Module, detector: str) -> dict[str, object]:
@@ -86,6 +87,10 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.")}
     theirs |= {f"backbone.fpn.{name}": value for name, value in plain_fpn(teacher).state_dict().items()}
     others = {PARTS.match(name)[0] for name in ours.keys() ^ theirs.keys()}
+    coarse = [name for name in ours.keys() & theirs.keys() if name.startswith("backbone.fpn.extra_blocks.")]
+    linear = isinstance(teacher.backbone.fpn.extra_blocks, LinearP6P7)
+    if linear or any(ours[name].shape != theirs[name].shape for name in coarse):  # P7 follows from P6
+        others.add("backbone.fpn.extra_blocks")
     fitting = {
         name: theirs[name]
         for name, value in ours.items()

@@ -25,7 +25,8 @@ COLUMNS = (
 
 # Runs that agree in SETTING can be compared. Runs that also agree in METHOD are repetitions.
 SETTING = (
-    *("detector", "student", "data", "train_annotations", "val_annotations", "image_size", "multi_scale", "iteration"),
+    *("detector", "student", "data", "train_annotations", "val_annotations", "image_size", "multi_scale"),
+    *("epochs", "max_iterations", "iteration"),  # a run that has not finished is no repetition of one that has
     *("batch_size", "accumulate", "processes", "optimizer", "lr", "clip_grad", "amp", "sync_bn", "pretrained"),
     "student_weights",
 )
