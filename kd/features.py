@@ -34,7 +34,7 @@ class DetectorOutput:
     FCOS, GFL and RetinaNet have levels P3..P7 and two towers. For Faster R-CNN, with levels P2..P6, everything but fpn
     comes from the RPN: its shared convolution stands for both towers, objectness (K = 1) for the class logits.
 
-    Numbers are float32, except in the towers, which keep the dtype of autocast. None is what was not computed, and
+    Numbers are float32, except in the towers, which keep the dtype of autocast. What was not computed is None; so are
     towers that were not asked for.
 
     Attributes:
@@ -104,7 +104,7 @@ def forward_detector(
         images: output of `detector.transform`: normalised, padded [N, 3, h, w] and the sizes before padding.
         targets: transformed targets, boxes [M, 4] in xyxy pixels of `images` and labels [M]. With targets the
             whole detector runs; without, only what `needs` requires.
-        needs: names of the DetectorOutput attributes to return; only towers are left out where they are not named.
+        needs: names of the DetectorOutput attributes to return; towers, also before ReLU, only if named here.
 
     Returns:
         The output, and torchvision's losses by torchvision's names; no losses without targets.

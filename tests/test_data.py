@@ -425,6 +425,23 @@ def test_images_of_a_rare_aspect_ratio_are_seen():
     assert seen.sum() == 300 * 100 and seen.min() > 280
 
 
+def test_a_line_is_refused(tmp_path):
+    """700x2 pixels, resized to a width of 320, would be less than one pixel high."""
+    Image.new("RGB", (700, 2)).save(tmp_path / "line.png")
+    coco = {
+        "images": [{"id": 1, "file_name": "line.png", "width": 700, "height": 2}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 300, 2], "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "line"}],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    paths = str(tmp_path), str(tmp_path / "boxes.json")
+    with pytest.raises(
+        DataError, match="line.png: 700x2 pixels would have no height or width left when resized to 320"
+    ):
+        open_dataset(*paths, (320, 320), train=True)
+    assert len(open_dataset(*paths, (320, 350), train=True)) == 1
+
+
 def test_scales():
     """A short side of 60..80 with a long side of 100: 4:3 is limited from 76 on (100 / 76 < 4 / 3), 3:4 likewise."""
     transform = build_detector("fcos", "test_resnet", 2, image_size=(64, 100)).transform
@@ -432,5 +449,6 @@ def test_scales():
     assert line == "short sides of 60 to 80 pixels in training; the long side 100 limits 16% of them"  # 2 * 5 / 63
     assert sorted(transform.min_size) == list(range(60, 81)) and transform.min_size[-1] == 64
     transform.min_size = (64,)
-    with pytest.raises(ValueError, match="--multi-scale 60 80 has no effect, .* the long side to 100 pixels"):
-        draw_scales(transform, 60, 80, np.array([2.0, 0.5]))
+    for ratios in ([2.0, 0.5], [5 / 3]):  # 100 / 60, at which every draw ends at 60x100
+        with pytest.raises(ValueError, match="--multi-scale 60 80 has no effect, .* the long side to 100 pixels"):
+            draw_scales(transform, 60, 80, np.array(ratios))

@@ -152,16 +152,20 @@ def test_stopped_during_the_last_evaluation(tmp_path, monkeypatch):
 
 def test_other_data_or_processes(tmp_path, monkeypatch):
     """A run continues with as many images as it began with, and in all processes."""
-    (tmp_path / "checkpoint.pt").touch()
-    settings = {"images": [8, 4], **dict.fromkeys(kd.run.folder.ALWAYS)}
-    (tmp_path / "args.json").write_text(json.dumps(settings))
-    kd.run.folder.check_start(tmp_path, [8, 4])
-    with pytest.raises(ValueError, match="8 training and 4 validation images, and there are 7 and 4: restore"):
-        kd.run.folder.check_start(tmp_path, [7, 4])
-    for other in (["new", 8, 4], ["continues", 7, 4]):
+    folder = tmp_path / "x"
+    run("--max-iterations", 1, "--output", folder)
+    (folder / "model.pt").unlink()  # as if it were stopped
+    settings = json.loads((folder / "args.json").read_text())
+    assert settings.pop("images") == [16, 4]
+    monkeypatch.setattr(kd.data, "SHAPES_VAL", 3)
+    with pytest.raises(ValueError, match="16 training and 4 validation images, and there are 16 and 3: restore"):
+        run("--max-iterations", 1, "--output", folder, "--resume")
+    (folder / "args.json").write_text(json.dumps(settings))
+    kd.run.folder.check_start(folder, [8, 4])  # runs of before do not know
+    for other in (["x", "new", 8, 4], ["x", "continues", 7, 4], ["y", "continues", 8, 4]):
         monkeypatch.setattr(kd.run.folder, "gather", lambda value, other=other: [value, other])
         with pytest.raises(ValueError, match="processes differ .* on a file system that they share"):
-            kd.run.folder.check_start(tmp_path, [8, 4])
+            kd.run.folder.check_start(folder, [8, 4])
 
 
 def test_a_second_signal_ends_the_process():

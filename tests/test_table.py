@@ -119,6 +119,8 @@ def test_curves(tmp_path):
         **{"fcos r18 frs": {1: 0.25, 2: 0.4}, "fcos r18 none": {1: 0.1, 2: 0.3}},
         **{"fcos r18 l2, lr 0.2": {1: 0.2}, "fcos r18 l2, lr 0.1": {1: 0.3}},
     }
+    runs = [{"args": {**ARGS, "method": "none", "epochs": n}, "log": [{"epoch": n, "AP": 0.3}]} for n in (6, 12)]
+    assert list(read_curves(runs)) == ["fcos r18 none, epochs 12", "fcos r18 none, epochs 6"]
     picture = draw_curves(curves)
     # AP 0.1..0.4 on 360 pixels from y = 390 up, epochs 1 and 2 at x = 60 and 650.
     assert [picture.getpixel((650, y)) != (255, 255, 255) for y in (30, 150, 60)] == [True, True, False]

@@ -33,13 +33,26 @@ def open_dataset(
     Args:
         images: folder of the image files.
         annotations: COCO's JSON file, CrowdHuman's .odgt file or VOC's .txt list; None for the built-in shapes.
-        image_size: its first number is the side of the built-in pictures.
+        image_size: (short side, long side) in pixels that detectors resize to; its first number is the side of the
+            built-in pictures.
         train: whether to return the training set, with augmentation.
         seed: for the random numbers of the augmentation.
         skip_bad_images: leave out images that cannot be read, instead of raising an error.
+
+    Raises:
+        DataError: the data cannot be used, or an image is too narrow for its long side, the second number of
+            image_size.
     """
     if annotations:
-        return CocoFolder(images, annotations, augmentation(train), seed, skip_bad_images)
+        dataset = CocoFolder(images, annotations, augmentation(train), seed, skip_bad_images)
+        for entry in dataset.images:
+            w, h = entry["width"], entry["height"]
+            if max(w, h) > image_size[1] * min(w, h):
+                raise DataError(
+                    f"{entry['file_name']}: {w}x{h} pixels would have no height or width left when resized to "
+                    f"{image_size[1]}: remove it from {annotations}"
+                )
+        return dataset
     count, picture_seed = (SHAPES_TRAIN, 1) if train else (SHAPES_VAL, 0)
     return Shapes(count, picture_seed, image_size[0], augmentation(train), seed)
 

@@ -31,14 +31,15 @@ def draw_scales(transform: nn.Module, low: int, high: int, aspect_ratios: np.nda
         ValueError: it limits all of them.
     """
     (short,), longest = transform.min_size, transform.max_size
-    sides = np.arange(low, high + 1)
-    limited = np.mean(sides[:, None] * np.maximum(aspect_ratios, 1 / aspect_ratios) > longest)
-    if limited == 1:
+    elongation = np.maximum(aspect_ratios, 1 / aspect_ratios)
+    if (low * elongation >= longest).all():
         raise ValueError(
             f"--multi-scale {low} {high} has no effect, because --image-size limits the long side to {longest} pixels: "
-            "give it a larger second number"
+            "give a lower first number, or --image-size a larger second one"
         )
-    transform.min_size = (*(int(side) for side in sides if side != short), short)  # evaluation takes the last
+    free = np.floor(longest / elongation)  # the largest short side that is not limited
+    limited = (high - free.clip(low - 1, high)).mean() / (high - low + 1)
+    transform.min_size = (*(side for side in range(low, high + 1) if side != short), short)  # evaluation takes the last
     return f"short sides of {low} to {high} pixels in training; the long side {longest} limits {limited:.0%} of them"
 
 

@@ -18,7 +18,7 @@ FEATURES = {"fpn", "cls_tower", "reg_tower"}  # DetectorOutput attributes that k
 
 # Tensors that are inherited together or not at all, if the teacher names others there: a predictor is of no use behind
 # another head.
-PARTS = re.compile(r"backbone\.fpn\.extra_blocks|backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
+PARTS = re.compile(r"backbone\.fpn\.\w+\.\w+|head\.\w+\.\w+|rpn|roi_heads")
 
 
 def fitting_arguments(teacher: nn.Module, detector: str) -> dict[str, object]:
@@ -79,18 +79,19 @@ def check_pair(student: nn.Module, teacher: nn.Module, needs: Collection[str]) -
 def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Copy the teacher's FPN and heads to the student wherever they agree; return the names of what was left out.
 
-    Left out are the body of the backbone, which is not named, lateral convolutions between other numbers of channels,
-    parts that are built otherwise in the teacher, and the scores of classes that it does not know. Batch norm of its
-    FPN is folded into the convolutions. PGD, FGD and others report results of students that start this way.
+    The body of the backbone is never copied, and not listed. Left out are lateral convolutions between other numbers of
+    channels, parts that are built otherwise in the teacher, and the scores of classes that it does not know. Batch norm
+    of its FPN is folded into the convolutions. PGD, FGD and others report results of students that start this way.
     """
     ours = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.body.")}
     theirs = {name: value for name, value in teacher.state_dict().items() if not name.startswith("backbone.")}
     theirs |= {f"backbone.fpn.{name}": value for name, value in plain_fpn(teacher).state_dict().items()}
     others = {PARTS.match(name)[0] for name in ours.keys() ^ theirs.keys()}
-    coarse = [name for name in ours.keys() & theirs.keys() if name.startswith("backbone.fpn.extra_blocks.")]
-    linear = isinstance(teacher.backbone.fpn.extra_blocks, LinearP6P7)
-    if linear or any(ours[name].shape != theirs[name].shape for name in coarse):  # P7 follows from P6
-        others.add("backbone.fpn.extra_blocks")
+    p6, p7 = (f"backbone.fpn.extra_blocks.{level}" for level in ("p6", "p7"))
+    if f"{p6}.weight" in theirs and theirs[f"{p6}.weight"].shape != ours[f"{p6}.weight"].shape:
+        others |= {p6, p7}  # P6 is computed from another map, and P7 from P6
+    if isinstance(teacher.backbone.fpn.extra_blocks, LinearP6P7):
+        others.add(p7)  # without the ReLU before it
     fitting = {
         name: theirs[name]
         for name, value in ours.items()

@@ -23,7 +23,7 @@ Where:
 Reference code: https://github.com/ChenhongyiYang/PGD at 81c54d5 (losses/pgd_{cls,reg}.py, pgd_heads/), whose students
 inherit neck and heads (--inherit). Two faults are not taken over: broadcasting applies each mask of (4) to every image,
 so cls is 1.9 to 3.5 times too large at N = 4, and anchor-free heads swap x and y in [X inside b]. For FCOS, alpha=0.1
-and beta=0.05 come near that cls; without the swap, 0.16 and 0.08 do. All its heads test [X inside b] after choosing.
+and beta=0.05 come near that cls; without the swap, 0.16 and 0.08 do. All heads there test [X inside b] after choosing.
 """
 
 import torch

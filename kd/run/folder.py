@@ -77,10 +77,10 @@ def check_start(folder: Path, images: list[int]) -> None:
         ValueError: they do not; without this, processes would train different models.
     """
     settings = started_with(folder)
-    starts = gather(["continues" if settings else "new", *images])
+    starts = gather([folder.name, "continues" if settings else "new", *images])
     if any(start != starts[0] for start in starts):
         raise ValueError(
-            f"processes differ in whether the run is new, or in their training and validation images: {starts}. All "
+            f"processes differ in their run, whether it is new, or its training and validation images: {starts}. All "
             f"machines must see the same data, and {folder} on a file system that they share"
         )
     before = settings.get("images", images)

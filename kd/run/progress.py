@@ -208,7 +208,7 @@ class Progress:
         numbers = gather(self.signal.number)
         self.signal.release()
         if any(numbers):
-            say(f"stopped: {self.folder} is finished, what was to follow is not done")
+            say(f"stopped; {self.folder} is finished. The same command does what follows, if anything")
             sys.exit(128 + max(numbers))
 
     def summary(self) -> dict:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from kd.tools.table import SETTING, key, method_name
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 440, 60, 30, 250, 50  # of the picture and its margins, in pixels
-ALIKE = (*(name for name in SETTING if name != "iteration"), "epochs", "max_iterations", "teacher")  # within a line
+ALIKE = (*(name for name in SETTING if name != "iteration"), "teacher")  # within a line
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of AP between grid lines
 
 
