@@ -20,7 +20,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data import check_same_classes, draw_scales, open_dataset, summarize
+from kd.data import check_same_classes, open_dataset, set_train_scales, summarize
 from kd.detectors import ZOO, build_detector, check_pair, fitting_arguments, inherit
 from kd.distiller import Distiller, check_not_zero, check_terms, measure_ratios
 from kd.evaluation import evaluate, format_metrics
@@ -148,7 +148,7 @@ def train(args: argparse.Namespace) -> dict:
         say(f"started from {args.student_weights}, except: {', '.join(left) or 'nothing'}")
     student = student.to(device, memory_format=torch.channels_last)
     if args.multi_scale:
-        say(draw_scales(student.transform, *args.multi_scale, train_set.aspect_ratios))
+        say(set_train_scales(student.transform, *args.multi_scale, train_set.aspect_ratios))
 
     # distiller
     method, warmup = None, 0

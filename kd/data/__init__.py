@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from kd.data.batches import collate, group_batches
 from kd.data.coco import DataError
 from kd.data.folder import CocoFolder
-from kd.data.images import open_image
+from kd.data.images import check_width, open_image
 from kd.data.layouts import annotation_files, find_layout
 from kd.data.shapes import Shapes
-from kd.data.transforms import augmentation, draw_scales
+from kd.data.transforms import augmentation, set_train_scales
 
 SHAPES_TRAIN, SHAPES_VAL = 800, 200  # pictures of the built-in data set
 
@@ -46,12 +46,7 @@ def open_dataset(
     if annotations:
         dataset = CocoFolder(images, annotations, augmentation(train), seed, skip_bad_images)
         for entry in dataset.images:
-            w, h = entry["width"], entry["height"]
-            if max(w, h) > image_size[1] * min(w, h):
-                raise DataError(
-                    f"{entry['file_name']}: {w}x{h} pixels would have no height or width left when resized to "
-                    f"{image_size[1]}: remove it from {annotations}"
-                )
+            check_width(entry["width"], entry["height"], image_size[1], entry["file_name"])
         return dataset
     count, picture_seed = (SHAPES_TRAIN, 1) if train else (SHAPES_VAL, 0)
     return Shapes(count, picture_seed, image_size[0], augmentation(train), seed)
@@ -92,10 +87,10 @@ __all__ = [
     "check_same_classes",
     "class_names",
     "collate",
-    "draw_scales",
     "find_layout",
     "group_batches",
     "open_dataset",
     "open_image",
+    "set_train_scales",
     "summarize",
 ]

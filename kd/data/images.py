@@ -30,6 +30,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
+def check_width(width: int, height: int, longest: int, name: str | Path) -> None:
+    """Raise DataError if an image would have no pixel left in width or height at this long side."""
+    if max(width, height) > longest * min(width, height):
+        raise DataError(
+            f"{name}: {width}x{height} pixels would have no height or width left when resized to a long side of "
+            f"{longest}: leave it out"
+        )
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Open an image of one of FORMATS; its pixels are decoded when they are needed.
 

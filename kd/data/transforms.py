@@ -15,8 +15,8 @@ def augmentation(train: bool) -> v2.Compose:
     )
 
 
-def draw_scales(transform: nn.Module, low: int, high: int, aspect_ratios: np.ndarray) -> str:
-    """Make a detector's transform draw the short side of each training image; evaluation keeps its own.
+def set_train_scales(transform: nn.Module, low: int, high: int, aspect_ratios: np.ndarray) -> str:
+    """Let a detector's transform draw the short side of each training image from a range; evaluation keeps its own.
 
     Args:
         transform: torchvision's, with a single short side, and a long side that limits every draw.

@@ -2,8 +2,9 @@
 
 RetinaNet, Faster R-CNN, FCOS and GFL on ResNet-50, ResNet-101 and ResNeXt-101 (64x4d) detect here what they detect in
 mmdetection, given the same resized image. FCOS's scores, by which its candidates are ranked too, are
-sqrt(class * centre-ness) as in torchvision. Our own detectors have other anchors (`kd.detectors.anchors.ExactAnchors`),
-P6 and P7, RoIAlign, FCOS regression and centre-ness; ResNets from Caffe also have other strides, mean and std.
+sqrt(class * centre-ness) as in torchvision. They differ from our own detectors in anchors
+(`kd.detectors.anchors.ExactAnchors`), P6 and P7, RoIAlign, FCOS's regression and centre-ness, and those on ResNets from
+Caffe in strides, mean and std.
 """
 
 import re

@@ -28,7 +28,7 @@ class StopSignal:
             signal.raise_signal(number)
         if not self.number:
             self.number, self._time = number, time.monotonic()
-            say("\nstopping after this step; send the signal again to stop now")
+            say("\nstopping after this step or evaluation; send the signal again to stop now")
 
     def release(self) -> None:
         """Restore the previous signal handlers."""

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from kd.data import class_names
-from kd.data.images import FORMATS, decode, open_image, orientation
+from kd.data.images import FORMATS, check_width, decode, open_image, orientation
 from kd.tools.samples import THRESHOLD, draw_detections
 
 SMALLEST = 512  # pixels: smaller images are enlarged to this longest side, on which captions can be read
@@ -83,7 +83,7 @@ def predict(
     for name, path in tqdm(files.items(), "predictions", leave=False, dynamic_ncols=True):
         try:
             image = read_photograph(path)
-            check_width(image, detector.transform.max_size, path)
+            check_width(image.shape[2], image.shape[1], detector.transform.max_size, path)
         except ValueError as error:
             if str(path) in given:
                 raise
@@ -101,13 +101,6 @@ def predict(
     drawn = sum(result["score"] >= threshold for result in results)
     line = f"{len(files) - len(skipped)} images, {len(results)} detections, {drawn} drawn (scores from {threshold:g})"
     return line + (f"; skipped {len(skipped)} files, the first: {skipped[0]}" if skipped else "")
-
-
-def check_width(image: Tensor, longest: int, path: Path) -> None:
-    """Raise ValueError if an image [3, h, w] would have no pixel left in width or height at the longest side."""
-    h, w = image.shape[1:]
-    if max(h, w) > longest * min(h, w):
-        raise ValueError(f"{path}: {w}x{h} pixels are too narrow for a detector whose long side is {longest}")
 
 
 def coco_results(name: str, found: dict[str, Tensor], categories: dict[int, dict]) -> Iterator[dict]:
