@@ -183,14 +183,15 @@ def open_run(args: argparse.Namespace) -> tuple[nn.Module, dict, Dataset]:
 def explain(args: argparse.Namespace) -> None:
     """Draw where the method of a run looks on each image, and print the path of the picture."""
     folder = Path(args.run)
+    pictures = {folder / f"explain-{Path(name).stem}.png": name for name in args.explain}
+    if len(pictures) < len(args.explain):
+        raise ValueError("two images of --explain have one name without folder and suffix: explain one at a time")
     student, settings, dataset = open_run(args)
     distiller = load_distiller(folder, settings, student, dataset.categories, args.teacher_weights)
     distiller.teacher.to(args.device)
     distiller.to(args.device)
-    for name in args.explain:
-        path = folder / f"explain-{Path(name).stem}.png"
-        title = f"{folder.name}, method {settings['method']}, image {Path(name).name}"
-        explain_image(distiller, name, dataset, title).save(path)
+    for path, name in pictures.items():
+        explain_image(distiller, name, dataset, f"{folder.name}, method {settings['method']}").save(path)
         print(path)
 
 

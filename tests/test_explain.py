@@ -190,7 +190,7 @@ def test_by_id_and_by_file(runs, capsys):
     explain(runs, "l2", str(runs / "unknown.png"), str(runs / "shapes-2.png"))
     assert read(runs / "l2" / "explain-unknown.png").shape[1] == 3 * LINE + TILE + GAP
     for name in ("unknown.png", "shapes-2.png"):
-        message = f"method pgd, image {name}: the method needs ground-truth boxes, which are unknown"
+        message = f"method pgd: ground-truth boxes are needed, and unknown for .*{name}"
         with pytest.raises(ValueError, match=message):
             explain(runs, "pgd", str(runs / name))
 
@@ -224,6 +224,11 @@ def test_errors(runs):
         explain(runs, "l2", "7")
     with pytest.raises(ValueError, match=r"boxes.json is not an image"):
         explain(runs, "l2", str(runs / "annotations" / "boxes.json"))
+    Image.new("RGB", (700, 2)).save(runs / "line.png")
+    with pytest.raises(ValueError, match=r"line.png: 700x2 pixels"):
+        explain(runs, "l2", str(runs / "line.png"))
+    with pytest.raises(ValueError, match="two images of --explain have one name"):
+        explain(runs, "l2", str(runs / "unknown.png"), str(runs / "images" / "unknown.jpg"))
     with pytest.raises(ValueError, match="built-in shapes: give --val-images and --val-annotations, or neither"):
         explain(runs, "l2", "2", val_annotations=None)
     with pytest.raises(ValueError, match=r"teacher of .*l2 is not at gone.pt: give its file as --teacher-weights"):

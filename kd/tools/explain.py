@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
 from kd.data import class_names
+from kd.data.images import check_width
 from kd.distiller import Distiller
 from kd.features import forward_detector
 from kd.tools.predict import read_photograph
@@ -34,13 +35,14 @@ def explain_image(distiller: Distiller, name: str, dataset: Dataset, title: str)
         distiller: in eval mode, on one device with its teacher.
         name: of the image, see `find_image`.
         dataset: the validation set.
-        title: of the picture.
+        title: of the picture; the name of the image is added.
 
     Raises:
-        ValueError: the image does not exist, or the method needs ground truth that is unknown.
+        ValueError: the image does not exist or is too narrow, or the method needs ground truth that is unknown.
     """
     student, method = distiller.student, distiller.method
     image, target = find_image(name, dataset)
+    check_width(image.shape[2], image.shape[1], student.transform.max_size, name)
     device = next(student.parameters()).device
     known = [{key: target[key].to(device) for key in ("boxes", "labels")}] if target else None
     images, targets = student.transform([image.to(device)], known)
@@ -51,10 +53,11 @@ def explain_image(distiller: Distiller, name: str, dataset: Dataset, title: str)
         if error.args != ("boxes",):
             raise
         raise ValueError(
-            f"{title}: the method needs ground-truth boxes, which are unknown for {name}: give the id or the file of "
-            "an image in the validation set"
+            f"{title}: ground-truth boxes are needed, and unknown for {name}: give the id or the file of an image in "
+            "the validation set"
         ) from error
     names, strides = class_names(dataset.categories), student.backbone.strides
+    title = f"{title}, image {Path(name).name}"
     return draw_explanation(title, image, target, names, maps, strides, images.image_sizes[0])
 
 
