@@ -143,6 +143,11 @@ def test_what_inheriting_does_alone_is_shown(tmp_path, capsys, random_teacher):
     run("--method", "frs", *random_teacher, "--output", tmp_path / "without")
     assert "\ninherit test_resnet " not in capsys.readouterr().out
 
+    (tmp_path / "inherit-fcos-test_resnet-test_resnet" / "args.json").write_text("{}")  # does not end another run
+    run("--method", "frs", "--inherit", *random_teacher, "--output", tmp_path / "after")
+    printed = capsys.readouterr().out
+    assert "not compared with " in printed and "\nfrs test_resnet " in printed
+
 
 def test_distill_weight(tmp_path, random_teacher):
     """A factor of every loss of the method: on the same first batch, half of each, and all of the detection losses."""

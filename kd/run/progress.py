@@ -144,7 +144,7 @@ class Progress:
             asked_at = time.monotonic()
         seconds = time.monotonic() - started_at
         self.speed = {
-            "images_per_second": images_done * world_size() / seconds,
+            "images_per_second": images_done * world_size() / seconds if images_done else None,
             "waiting_for_data": waited / seconds,
         }
         self.save()
@@ -215,7 +215,8 @@ class Progress:
         """Return the log line of the epoch: losses averaged over its steps, and its speed.
 
         ratio_to_detection is the size of each distillation loss relative to the sum of the detection losses, warm-up
-        included. waiting_for_data is the part of the time, 0..1, in which the loop had no data.
+        included. waiting_for_data is the part of the time, 0..1, in which the loop had no data. images_per_second is
+        None where a resumed run had no step left.
         """
         means = {name: total / self.step for name, total in self.losses.items()}
         detection = sum(mean for name, mean in means.items() if name not in self.terms)

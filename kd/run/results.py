@@ -41,8 +41,13 @@ def print_results(args: argparse.Namespace, rows: list[dict], iterations: int) -
         others["inherit"] = inherit_arguments(args)
     for name, other in others.items():
         folder = Path(other.output)
-        evaluations = read_evaluations(folder)
-        if evaluations and is_finished(folder) and not changes_since(folder, describe(other)):
+        try:
+            evaluations = read_evaluations(folder)
+            same = evaluations and is_finished(folder) and not changes_since(folder, describe(other))
+        except ValueError as error:
+            print(f"not compared with {folder}: {error}")
+            continue
+        if same:
             row = {**rows[-1], **evaluations[-1], "name": f"{name} {args.student}"}
             rows = [*rows[:-1], row, rows[-1]]
     best = best_evaluation(Path(args.output))

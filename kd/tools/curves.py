@@ -16,7 +16,7 @@ STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of AP between grid lines
 def read_curves(runs: list[dict]) -> dict[str, dict[int, float]]:
     """Return the mean AP over seeds after each evaluated epoch, for each detector, student and method.
 
-    Every epoch is evaluated with --eval-interval 1, otherwise only the last. Names include settings that differ.
+    --eval-interval says which epochs are evaluated, beside the last. Names include settings that differ.
 
     Args:
         runs: from `kd.tools.table.collect`.
