@@ -10,7 +10,7 @@ from torch import nn
 
 from kd.detectors import build_detector
 from kd.distiller import TrainingError
-from kd.run.checkpoint import load, load_model, save
+from kd.run.checkpoint import load, load_model, save, save_model
 from kd.run.weights import load_teacher
 
 ARGUMENTS = dict(detector="fcos", backbone="test_resnet", num_classes=4, image_size=(64, 96), from_scratch=True)
@@ -142,6 +142,15 @@ def test_files_of_something_else_are_refused(tmp_path, content):
         load_teacher(tmp_path / "model.pt", "fcos", "test_resnet", {1: {"name": "thing"}}, (64, 96))
 
 
+def test_normalisation_is_kept(tmp_path):
+    """Of the weights trained with, also where timm has given the model another mean and std since."""
+    trained = build_detector(**ARGUMENTS, image_mean=[0.5, 0.4, 0.3], image_std=[0.3, 0.2, 0.1]).eval()
+    save_model(trained, ARGUMENTS, {1: {"id": 1, "name": "thing"}}, tmp_path / "model.pt")
+    loaded, _ = load_model(tmp_path / "model.pt")
+    assert (loaded.transform.image_mean, loaded.transform.image_std) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
+    assert build_detector(**ARGUMENTS).transform.image_mean == [0.5, 0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -161,6 +170,9 @@ def test_files_of_something_else_are_refused(tmp_path, content):
         ({"image_size": [96, 64]}, "image_size is .*, not the short and the long side"),
         ({"image_size": 64}, "image_size is 64, not the short"),
         ({"from_scratch": "yes"}, "from_scratch is 'yes', not True or False"),
+        ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0.5, 0.5\], not three numbers from 0 to 1"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean is .*nan.*, not three numbers from 0 to 1"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "image_std is .*, not three numbers above 0"),
         ({"categories": ["thing"]}, "categories has type list, not dict"),
         ({"categories": {4: {"id": 4, "name": "thing"}}}, "label 4 is .* but labels are 1 to 3"),
         ({"categories": {1: "thing"}}, "label 1 is 'thing', but .* a category has a name"),

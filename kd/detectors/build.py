@@ -1,6 +1,7 @@
 """Build one of torchvision's detectors, or GFL, on a timm backbone."""
 
 import difflib
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
@@ -41,12 +42,14 @@ def build_detector(
     anchors: str | None = None,
     tower_norm: bool | None = None,
     giou: bool = False,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
 ) -> FCOS | RetinaNet | FasterRCNN:
-    """Build a detector on a timm backbone; images are normalised with the backbone's mean and std.
+    """Build a detector on a timm backbone.
 
     With pretrained weights, the batch norm of the backbone and its layers up to stride 4 are frozen, as in torchvision;
     in an HRNet these are most. From scratch, batch norm is trained and RetinaNet's towers have group norm, as in
-    torchvision's retinanet_resnet50_fpn_v2. The last three arguments make a student that fits a teacher of other
+    torchvision's retinanet_resnet50_fpn_v2. anchors, tower_norm and giou make a student that fits a teacher of other
     origin.
 
     The bias of FCOS's regression output starts at 2 strides instead of 0: the ReLU behind it would not recover from
@@ -65,6 +68,8 @@ def build_detector(
             400 pixels, else "torchvision".
         tower_norm: whether RetinaNet's towers have group norm; default: as from_scratch.
         giou: train RetinaNet's boxes with GIoU instead of L1, as torchvision's retinanet_resnet50_fpn_v2.
+        image_mean: of red, green and blue in 0..1; default: that of the backbone's weights in timm.
+        image_std: likewise. Images are normalised with both.
 
     Returns:
         The detector. Except for GFL, its state_dict loads into torchvision's own class, which then detects the same
@@ -92,8 +97,8 @@ def build_detector(
         "num_classes": num_classes,
         "min_size": min_size,
         "max_size": max_size,
-        "image_mean": list(body_and_fpn.body.pretrained_cfg["mean"]),
-        "image_std": list(body_and_fpn.body.pretrained_cfg["std"]),
+        "image_mean": list(image_mean or body_and_fpn.body.pretrained_cfg["mean"]),
+        "image_std": list(image_std or body_and_fpn.body.pretrained_cfg["std"]),
     }
     generator = make_anchors(detector, anchors)
     if detector == "fcos":

@@ -112,6 +112,8 @@ def restore_part(name: str, part: object, state: dict, path: Path) -> None:
 def save_model(detector: nn.Module, arguments: dict, categories: dict[int, dict], path: Path) -> None:
     """Write a detector and what is needed to build it again.
 
+    Mean and std of its input are added to the arguments: timm may change them with a model's default weights.
+
     Args:
         detector: the student (or teacher) without the method's adapters.
         arguments: of `build_detector`, with from_scratch and without pretrained.
@@ -119,7 +121,9 @@ def save_model(detector: nn.Module, arguments: dict, categories: dict[int, dict]
         path: of the file.
     """
     named = {label: {"id": category["id"], "name": category["name"]} for label, category in categories.items()}
-    save({"model": detector.state_dict(), "arguments": arguments, "categories": named}, path)
+    normalisation = {name: list(getattr(detector.transform, name)) for name in ("image_mean", "image_std")}
+    content = {"model": detector.state_dict(), "arguments": arguments | normalisation, "categories": named}
+    save(content, path)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict]:

@@ -24,6 +24,12 @@ def is_size(value) -> bool:
     return is_pair and all(is_whole(side, *SIDES) for side in value) and value[0] <= value[1]
 
 
+def is_color(value) -> bool:
+    """Return whether a value is three numbers from 0 to 1."""
+    is_triple = isinstance(value, tuple | list) and len(value) == 3
+    return is_triple and all(type(part) in (int, float) and 0 <= part <= 1 for part in value)
+
+
 # The arguments of `build_detector` that model.pt may have. Others could load or download files.
 ARGUMENTS = {
     "detector": (lambda value: value in DETECTORS, f"one of {', '.join(DETECTORS)}"),
@@ -34,6 +40,11 @@ ARGUMENTS = {
     "anchors": (lambda value: value is None or value in ANCHORS, f"one of {', '.join(ANCHORS)} or absent"),
     "tower_norm": (lambda value: value is None or isinstance(value, bool), "True, False or absent"),
     "giou": (lambda value: value is None or isinstance(value, bool), "True, False or absent"),
+    "image_mean": (lambda value: value is None or is_color(value), "three numbers from 0 to 1, or absent"),
+    "image_std": (
+        lambda value: value is None or (is_color(value) and min(value) > 0),
+        "three numbers above 0, up to 1, or absent",
+    ),
 }
 
 
