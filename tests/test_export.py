@@ -41,7 +41,7 @@ def test_onnx_equals_torch(tmp_path, detector):
     assert line.startswith("equal in torch and onnxruntime ") and "0 detections" not in line.replace(
         "00 detections", ""
     )
-    assert all(f"{h}x{w}" in line for h, w in sizes)
+    assert all(f"{h}x{w}" in line and f"{h // 2 + 1}x{w}" in line for h, w in sizes)
 
     # The detector is as it was: the export works on a copy.
     assert not model.training and model.transform.fixed_size is None
@@ -53,6 +53,16 @@ def test_onnx_equals_torch(tmp_path, detector):
             parameter += 0.01 * torch.randn_like(parameter)
     with pytest.raises(ValueError, match="model.onnx differs from torch on an image of 64x80 pixels"):
         compare_onnx(model, tmp_path / "model.onnx", [torch.rand(3, 64, 80)])
+
+
+def test_a_file_for_one_aspect_ratio_is_found(tmp_path):
+    """MobileViT's number of patches becomes a constant of the file."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = build_detector("fcos", "mobilevit_xxs", 4, image_size=(64, 96)).eval()
+    export_onnx(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="model.onnx fails on an image of 33x64 pixels"):
+        compare_onnx(model, tmp_path / "model.onnx", [torch.rand(3, 64, 64)])
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -122,4 +132,4 @@ def test_command(run, few_shapes, capsys):
     settle(args)
     (run / "args.json").write_text(json.dumps(describe(args)))
     evaluation_script.main(evaluation_script.parse_args([str(run), "--export", str(run / "student.onnx")]))
-    assert "on images of 64x64 pixels" in capsys.readouterr().out
+    assert "on images of 64x64, 33x64 pixels" in capsys.readouterr().out
