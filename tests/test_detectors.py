@@ -24,6 +24,7 @@ BACKBONES = (
     "efficientnet_lite0",
     "convnext_atto",
     "swin_tiny_patch4_window7_224",
+    "hrnet_w18_small",  # whose map at stride 4 is not used
     "test_resnet",
 )
 
@@ -99,6 +100,8 @@ def test_pretrained_weights_from_a_file(tmp_path):
     old = {name: value for name, value in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "old.pth")  # as torch before 0.4.1 wrote them
     build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "old.pth"))
+    torch.save(timm.create_model("twins_pcpvt_small").state_dict(), tmp_path / "wrapped.pth")  # timm wraps its features
+    build_detector("fcos", "twins_pcpvt_small", 3, pretrained=str(tmp_path / "wrapped.pth"))
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not a checkpoint of timm's test_resnet"):
         build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "other.pth"))

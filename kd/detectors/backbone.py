@@ -1,6 +1,7 @@
 """A timm feature extractor under torchvision's feature pyramid."""
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 import timm
@@ -113,6 +114,10 @@ def build_backbone(backbone: str, detector: str, pretrained: bool | str = False)
     extra_blocks = LastLevelMaxPool() if detector == "faster_rcnn" else CoarseLevels(FPN_CHANNELS, FPN_CHANNELS)
     result = Backbone(body, STRIDES[detector], extra_blocks)
     check_maps(result, body_strides, name)
+    depends = depends_on(name, body_strides)
+    for key, parameter in body.named_parameters():
+        if not depends.get(key, True):  # as in an HRNet without its map at stride 4; DistributedDataParallel would stop
+            parameter.requires_grad_(False)
     return result
 
 
@@ -167,7 +172,8 @@ def create_body(name: str, indices: tuple[int, ...], pretrained: bool | str) -> 
     if file:  # timm loads feature extractors with strict=False, and stages.0.x may be called stages_0.x in the body
         held = {key.replace(".", "_") for key in timm.models.load_state_dict(file)}
         counters = "num_batches_tracked"  # of batch norm, which old files lack
-        missing = [k for k in body.state_dict() if k.replace(".", "_") not in held and not k.endswith(counters)]
+        names = {k.removeprefix("model."): k for k in body.state_dict()}  # of timm's FeatureGetterNet
+        missing = [names[k] for k in names if k.replace(".", "_") not in held and not k.endswith(counters)]
         if missing:
             raise ValueError(
                 f"{file} is not a checkpoint of timm's {name}: it lacks {len(missing)} tensors, first {missing[0]}"
@@ -210,17 +216,22 @@ def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
         The body with frozen batch norm.
     """
     body = freeze_batch_norm_2d(body)
-    model = timm_name(backbone)
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
-        whole = timm.create_model(model, features_only=True, **any_size(model)).eval()
-        maps = zip(whole.feature_info.reduction(), whole(torch.zeros(1, 3, 64, 96)))
-        early = [m.sum() for reduction, m in maps if reduction <= 4]
-    if not early:
-        return body
-    names, parameters = zip(*whole.named_parameters())
-    gradients = torch.autograd.grad(early[-1], parameters, allow_unused=True)
-    reached = {name for name, gradient in zip(names, gradients) if gradient is not None}
+    early = depends_on(timm_name(backbone), (1, 2, 4))
     for name, parameter in body.named_parameters():
-        if name in reached:
+        if early.get(name, False):
             parameter.requires_grad_(False)
     return body
+
+
+def depends_on(name: str, strides: Collection[int]) -> dict[str, bool]:
+    """Return for each parameter of a timm feature extractor, by name, whether a map at one of the strides needs it.
+
+    Of several maps at a stride the deepest counts.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        body = timm.create_model(name, features_only=True, **any_size(name)).eval()
+        maps = dict(zip(body.feature_info.reduction(), body(torch.zeros(1, 3, 64, 96))))
+        sums = [m.sum() for stride, m in maps.items() if stride in strides]
+        names, parameters = zip(*body.named_parameters())
+        gradients = torch.autograd.grad(sum(sums), parameters, allow_unused=True) if sums else [None] * len(names)
+    return {key: gradient is not None for key, gradient in zip(names, gradients)}
