@@ -37,6 +37,8 @@ def test_backbones_run_forward_and_backward(backbone):
     sum(losses.values()).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == (21 if backbone == "hrnet_w18_small" else 0)
     assert model.transform.image_mean == list(timm.get_pretrained_cfg(backbone).mean)
     model.eval()
     features = model.backbone(torch.zeros(1, 3, 96, 160))
@@ -100,8 +102,10 @@ def test_pretrained_weights_from_a_file(tmp_path):
     old = {name: value for name, value in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "old.pth")  # as torch before 0.4.1 wrote them
     build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "old.pth"))
-    torch.save(timm.create_model("twins_pcpvt_small").state_dict(), tmp_path / "wrapped.pth")  # timm wraps its features
-    build_detector("fcos", "twins_pcpvt_small", 3, pretrained=str(tmp_path / "wrapped.pth"))
+    wrapped = timm.create_model("twins_pcpvt_small").state_dict()  # timm wraps its features
+    torch.save(wrapped, tmp_path / "wrapped.pth")
+    body = build_detector("fcos", "twins_pcpvt_small", 3, pretrained=str(tmp_path / "wrapped.pth")).backbone.body
+    assert all(torch.equal(value, wrapped[name.removeprefix("model.")]) for name, value in body.state_dict().items())
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not a checkpoint of timm's test_resnet"):
         build_detector("fcos", "test_resnet", 3, pretrained=str(tmp_path / "other.pth"))

@@ -412,7 +412,7 @@ def test_start_as_what_the_weights_were_trained_for(tmp_path):
     arguments = {"detector": "retinanet", "backbone": "test_resnet", "num_classes": 5, "image_size": (64, 64), **built}
     categories = {label: {"id": label, "name": str(label)} for label in range(1, 5)}
     save_model(detector, arguments, categories, tmp_path / "model.pt")
-    assert arguments_of(tmp_path / "model.pt", "retinanet") == built
+    assert arguments_of(tmp_path / "model.pt", "retinanet") == built | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     frozen = build_detector("retinanet", "test_resnet", 5, image_size=(64, 64), from_scratch=False)
     save(frozen.state_dict(), tmp_path / "plain.pth")
     assert arguments_of(tmp_path / "plain.pth", "retinanet") == {"from_scratch": False, "anchors": "torchvision"}

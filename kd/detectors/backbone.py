@@ -172,8 +172,8 @@ def create_body(name: str, indices: tuple[int, ...], pretrained: bool | str) -> 
     if file:  # timm loads feature extractors with strict=False, and stages.0.x may be called stages_0.x in the body
         held = {key.replace(".", "_") for key in timm.models.load_state_dict(file)}
         counters = "num_batches_tracked"  # of batch norm, which old files lack
-        names = {k.removeprefix("model."): k for k in body.state_dict()}  # of timm's FeatureGetterNet
-        missing = [names[k] for k in names if k.replace(".", "_") not in held and not k.endswith(counters)]
+        names = [k.removeprefix("model.").removeprefix("body.") for k in body.state_dict()]  # timm wraps some bodies
+        missing = [k for k in names if k.replace(".", "_") not in held and not k.endswith(counters)]
         if missing:
             raise ValueError(
                 f"{file} is not a checkpoint of timm's {name}: it lacks {len(missing)} tensors, first {missing[0]}"
@@ -233,5 +233,5 @@ def depends_on(name: str, strides: Collection[int]) -> dict[str, bool]:
         maps = dict(zip(body.feature_info.reduction(), body(torch.zeros(1, 3, 64, 96))))
         sums = [m.sum() for stride, m in maps.items() if stride in strides]
         names, parameters = zip(*body.named_parameters())
-        gradients = torch.autograd.grad(sum(sums), parameters, allow_unused=True) if sums else [None] * len(names)
+        gradients = torch.autograd.grad(sums, parameters, allow_unused=True)
     return {key: gradient is not None for key, gradient in zip(names, gradients)}

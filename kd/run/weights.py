@@ -159,7 +159,9 @@ def arguments_of(path: str | Path, detector: str) -> dict[str, object]:
     content = load(path)
     if isinstance(content, dict) and "arguments" in content:
         saved = build_saved(content, path)
-        return {"from_scratch": content["arguments"]["from_scratch"], **fitting_arguments(saved, detector)}
+        kept = {name: list(getattr(saved.transform, name)) for name in ("image_mean", "image_std")}
+        kept["from_scratch"] = content["arguments"]["from_scratch"]
+        return kept | fitting_arguments(saved, detector)
     return {"from_scratch": is_from_scratch(path), "anchors": "torchvision"}
 
 

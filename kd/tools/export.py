@@ -83,22 +83,25 @@ def compare_onnx(detector: nn.Module, path: str | Path, images: Iterable[Tensor]
     Args:
         detector: in eval mode, on the CPU.
         path: of the file.
-        images: [3, h, w] in 0..1 each. Their upper halves are compared, too: a file may be right only for the aspect
-            ratio with which it was traced.
+        images: [3, h, w] in 0..1 each. Their halves are compared, too: a file may be right only for the aspect ratio
+            with which it was traced.
 
     Returns:
         One line that says what was compared and the largest differences.
 
     Raises:
         ImportError: the package onnxruntime is not installed.
-        ValueError: the file fails, or the detections differ in number or label, or by more than BOX_TOLERANCE or
-            SCORE_TOLERANCE.
+        ValueError: the file cannot be run, or the detections differ in number or label, or by more than BOX_TOLERANCE
+            or SCORE_TOLERANCE.
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types
+        raise ValueError(f"onnxruntime cannot load {path}: {error}") from error
     sizes, count, largest = [], 0, (0.0, 0.0)
-    for image in (part for whole in images for part in (whole, whole[:, : whole.shape[1] // 2 + 1])):
+    for image in (part for whole in images for part in (whole, half(whole))):
         size, expected = f"{image.shape[1]}x{image.shape[2]}", detector([image])[0]
         try:
             outputs = session.run(OUTPUTS, {"image": image.numpy()})
@@ -117,6 +120,12 @@ def compare_onnx(detector: nn.Module, path: str | Path, images: Iterable[Tensor]
         f"{', '.join(dict.fromkeys(sizes))} pixels; boxes differ by at most {largest[0]:.1g} pixels, scores by "
         f"{largest[1]:.1g}"
     )
+
+
+def half(image: Tensor) -> Tensor:
+    """Return the upper or the left half of an image, the one that is not narrower."""
+    height, width = image.shape[1:]
+    return image[:, : height // 2 + 1] if height >= width else image[:, :, : width // 2 + 1]
 
 
 def largest_differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, float]:
