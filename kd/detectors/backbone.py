@@ -1,7 +1,7 @@
 """A timm feature extractor under torchvision's feature pyramid."""
 
 import difflib
-from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -114,7 +114,7 @@ def build_backbone(backbone: str, detector: str, pretrained: bool | str = False)
     extra_blocks = LastLevelMaxPool() if detector == "faster_rcnn" else CoarseLevels(FPN_CHANNELS, FPN_CHANNELS)
     result = Backbone(body, STRIDES[detector], extra_blocks)
     check_maps(result, body_strides, name)
-    depends = depends_on(name, body_strides)
+    depends = depends_on(name, tuple(body_strides))
     for key, parameter in body.named_parameters():
         if not depends.get(key, True):  # as in an HRNet without its map at stride 4; DistributedDataParallel would stop
             parameter.requires_grad_(False)
@@ -223,7 +223,8 @@ def freeze_like_torchvision(body: nn.Module, backbone: str) -> nn.Module:
     return body
 
 
-def depends_on(name: str, strides: Collection[int]) -> dict[str, bool]:
+@cache
+def depends_on(name: str, strides: tuple[int, ...]) -> dict[str, bool]:
     """Return for each parameter of a timm feature extractor, by name, whether a map at one of the strides needs it.
 
     Of several maps at a stride the deepest counts.
