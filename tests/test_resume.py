@@ -262,3 +262,11 @@ def test_unwritable_output(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to the output folder .*: Not a directory"):
         run("--output", tmp_path / "file" / "x")
+
+
+def test_an_epoch_without_steps_left(tmp_path):
+    """A run that was killed while it was evaluated has no speed to log, instead of 0 images per second."""
+    progress = kd.run.progress.Progress(tmp_path, {}, steps_per_epoch=2, iterations=2, seed=0, title="x")
+    progress.step = 2
+    assert list(progress.batches([])) == [] and progress.speed["images_per_second"] is None
+    progress.end()

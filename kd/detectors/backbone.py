@@ -97,7 +97,7 @@ def timm_name(backbone: str) -> str:
 
 
 def build_backbone(backbone: str, detector: str, pretrained: bool | str = False) -> Backbone:
-    """Build the feature extractor and pyramid of a detector.
+    """Build the feature extractor and pyramid of a detector; parameters that no level depends on are frozen.
 
     Args:
         backbone: a short name (r18, r50, ...) or a timm model name.

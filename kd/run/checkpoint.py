@@ -121,9 +121,13 @@ def save_model(detector: nn.Module, arguments: dict, categories: dict[int, dict]
         path: of the file.
     """
     named = {label: {"id": category["id"], "name": category["name"]} for label, category in categories.items()}
-    normalisation = {name: list(getattr(detector.transform, name)) for name in ("image_mean", "image_std")}
-    content = {"model": detector.state_dict(), "arguments": arguments | normalisation, "categories": named}
-    save(content, path)
+    arguments = arguments | normalisation(detector)
+    save({"model": detector.state_dict(), "arguments": arguments, "categories": named}, path)
+
+
+def normalisation(detector: nn.Module) -> dict[str, list[float]]:
+    """Return the arguments of `build_detector` that give another detector the mean and std of this one's input."""
+    return {name: list(getattr(detector.transform, name)) for name in ("image_mean", "image_std")}
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict]:

@@ -22,7 +22,7 @@ from kd.detectors import (
 )
 from kd.distiller import Distiller
 from kd.methods import METHODS, build_method, needs
-from kd.run.checkpoint import build_saved, load, load_strictly
+from kd.run.checkpoint import build_saved, load, load_strictly, normalisation
 from kd.run.contents import check_parts, is_state_dict
 from kd.run.folder import teacher_file
 
@@ -159,9 +159,8 @@ def arguments_of(path: str | Path, detector: str) -> dict[str, object]:
     content = load(path)
     if isinstance(content, dict) and "arguments" in content:
         saved = build_saved(content, path)
-        kept = {name: list(getattr(saved.transform, name)) for name in ("image_mean", "image_std")}
-        kept["from_scratch"] = content["arguments"]["from_scratch"]
-        return kept | fitting_arguments(saved, detector)
+        from_scratch = content["arguments"]["from_scratch"]
+        return {"from_scratch": from_scratch, **normalisation(saved), **fitting_arguments(saved, detector)}
     return {"from_scratch": is_from_scratch(path), "anchors": "torchvision"}
 
 
